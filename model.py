@@ -1,0 +1,596 @@
+"""The student: a Qwen2.5-VL or Qwen3-VL that samples and scores over prefix trees.
+
+Everything FFR samples from one prompt shares the prefix [system, video, question]; what follows it
+(a header, or a patch and a header, then a completion) is a *suffix*. A suffix attends to its prefix and
+to itself, never to another suffix, so a prompt and its G rollouts are one packed row
+
+    [P_1 .. P_B, S_1 .. S_N]        all prefixes first, then all suffixes, nothing padded
+
+in which every shared token stands once. The modules, weights and checkpoint format are Hugging Face's; ours are
+the attention over the tree, the M-RoPE positions, the decode loop and the log-probs.
+
+    student = Student.load("Qwen/Qwen2.5-VL-7B-Instruct", device="cuda")
+    cache = student.prefill([prefix])                            # once per prompt
+    completions = student.sample(cache, [header] * 8, [0] * 8, ...)
+    logp, entropy = student([prefix], suffixes, owners, completions)
+
+Dimensions: B prefixes, N suffixes (rows), P prefix tokens, S suffix tokens, C completion tokens, T packed
+tokens, V vocabulary, D width, H query heads, K key-value heads, E head width, L cache slots.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor
+
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError:  # flash-attn needs CUDA to build; torch's own fused attention serves without it
+    flash_attn_varlen_func = None
+
+LOGITS_AT_ONCE = 2**26  # elements of fp32 logits held at a time (256 MiB), whatever the vocabulary
+
+
+# ---------------------------------------------------------------------------------------------
+# The prefix tree
+
+
+@dataclass
+class Cache:
+    """Keys and values of B prefixes, and where their suffixes go on.
+
+    keys, values: per layer [B, K, P, E], prefixes padded on the right; lengths, next_position: B ints.
+    features: what the vision tower said of the prefixes, kept for scoring where the tower is frozen.
+    """
+    lengths: list[int]
+    next_position: list[int]
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    features: "Features | None" = None
+
+
+@dataclass
+class Features:
+    """The vision tower's output for some segments: embeddings [v, D] and Qwen3-VL's deepstack [v, D] each."""
+    embeddings: Tensor
+    deepstack: list[Tensor]
+
+
+class Tree:
+    """How one packed row splits into prefixes and suffixes, and which suffix hangs from which prefix.
+
+    prefix_lengths: B ints; suffix_lengths, owners: N ints. With `cache` the prefixes are not in the row but in the cache.
+    `store` collects each layer's padded keys and values: of the prefixes, or of the suffixes where the prefixes are cached.
+    """
+
+    def __init__(self, prefix_lengths, suffix_lengths, owners, device, cache=None, store=None):
+        assert len(suffix_lengths) == len(owners) and all(0 <= b < len(prefix_lengths) for b in owners)
+        self.cache, self.store = cache, store
+        self.prefix_lengths, self.suffix_lengths = prefix_lengths, suffix_lengths
+        self.prefix_tokens = 0 if cache else sum(prefix_lengths)
+        self.owners = torch.tensor(owners, dtype=torch.long, device=device)
+        self.prefix_pad, self.prefix_unpad = _padding(prefix_lengths, device)
+        self.suffix_pad, self.suffix_unpad = _padding(suffix_lengths, device)
+        self.mask = self._suffix_mask(device) if suffix_lengths else None
+        self.device = device
+        self._varlen = None
+
+    def _suffix_mask(self, device):
+        """[N or 1, 1, S, P + S] bool: a suffix sees its whole prefix and itself up to and including its own token."""
+        P, S = max(self.prefix_lengths), max(self.suffix_lengths)
+        causal_SS = torch.ones(S, S, dtype=torch.bool, device=device).tril()
+        prefix_BP = torch.arange(P, device=device) < torch.tensor(self.prefix_lengths, device=device)[:, None]
+        seen_NP = prefix_BP[self.owners] if len(set(self.prefix_lengths)) > 1 else prefix_BP[:1]
+        seen_NSP = seen_NP[:, None].expand(-1, S, -1)
+        return torch.cat([seen_NSP, causal_SS.expand(len(seen_NSP), S, S)], dim=-1)[:, None]
+
+    def varlen(self):
+        """Cumulative lengths for variable-length kernels, and the gather that lays [prefix, suffix] keys end to end."""
+        if self._varlen is None:
+            P, S, B = self.prefix_lengths, self.suffix_lengths, len(self.prefix_lengths)
+            starts_P = torch.tensor([0] + P).cumsum(0).tolist()
+            starts_S = torch.tensor([0] + S).cumsum(0).tolist()
+            key_index = [torch.cat([torch.arange(starts_P[b], starts_P[b] + P[b]),
+                                    torch.arange(starts_S[n], starts_S[n] + S[n]) + starts_P[B]])
+                         for n, b in enumerate(self.owners.tolist())]
+            both = [P[b] + S[n] for n, b in enumerate(self.owners.tolist())]
+            cumulative = lambda lengths: torch.tensor([0] + lengths).cumsum(0).to(self.device, torch.int32)
+            self._varlen = (cumulative(P), max(P), cumulative(S), max(S, default=0), cumulative(both), max(both, default=0),
+                            torch.cat(key_index).to(self.device) if key_index else None)
+        return self._varlen
+
+
+def _padding(lengths, device):
+    """Gathers between packed [T] and padded [N, S]: packed.index_select(pad) and padded.flatten().index_select(unpad).
+
+    Either is None where all lengths are equal, so that a view does. Padding slots repeat token 0; nothing reads them.
+    """
+    if len(set(lengths)) <= 1:
+        return None, None
+    S, starts = max(lengths), [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    index = torch.arange(S)[None].repeat(len(lengths), 1)
+    valid = index < torch.tensor(lengths)[:, None]
+    pad = torch.where(valid, index + torch.tensor(starts[:-1])[:, None], 0).flatten()
+    return pad.to(device), valid.flatten().nonzero()[:, 0].to(device)
+
+
+def _pad(x_HTE, rows, index):
+    """Packed [H, T, E] to padded [rows, H, S, E]."""
+    if index is not None:
+        x_HTE = x_HTE.index_select(1, index)
+    return x_HTE.unflatten(1, (rows, -1)).transpose(0, 1)
+
+
+def _unpad(x_NSHE, index):
+    """Padded [N, S, H, E] to packed [T, H, E]."""
+    x = x_NSHE.flatten(0, 1)
+    return x if index is None else x.index_select(0, index)
+
+
+def grouped_attention(q_NHSE, k_NKLE, v_NKLE, scale, mask=None, causal=False):
+    """Fused attention where H/K query heads share a key head: they are folded into the query axis, nothing is repeated.
+
+    mask: bool [N or 1, 1, S, L]; causal means "from the bottom right". Returns [N, S, H, E].
+    """
+    N, H, S, E = q_NHSE.shape
+    K, L = k_NKLE.shape[1:3]
+    group = H // K
+    if causal:
+        if group == 1 or q_NHSE.is_cuda:
+            out = F.scaled_dot_product_attention(q_NHSE, k_NKLE, v_NKLE, is_causal=True, scale=scale, enable_gqa=group > 1)
+            return out.transpose(1, 2)
+        mask = torch.ones(S, L, dtype=torch.bool, device=q_NHSE.device).tril(L - S)[None, None]
+    if group > 1 and mask is not None:
+        mask = mask.repeat(1, 1, group, 1)
+    q = q_NHSE.reshape(N, K, group * S, E)
+    out = F.scaled_dot_product_attention(q, k_NKLE, v_NKLE, attn_mask=mask, scale=scale)
+    return out.reshape(N, K, group, S, E).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def tree_attention(module, query, key, value, attention_mask, scaling=None, tree=None, **unused):
+    """The attention function that transformers calls in every text layer, by the tree of the row (design, section 3).
+
+    query [1, H, T, E], key and value [1, K, T, E] -> [1, T, H, E]. Two calls: causal over the prefixes,
+    then suffix queries over [own prefix, own suffix], causal from the bottom right.
+    """
+    assert query.shape[0] == 1 and tree is not None, "prefix_tree attention takes one packed row and its tree"
+    q, k, v = query[0], key[0], value[0]
+    if tree.cache is None and tree.store is None and q.is_cuda and q.dtype != torch.float32 and \
+            module.config._attn_implementation == "prefix_tree_varlen":
+        return tree_attention_varlen(q, k, v, scaling, tree)[None], None
+    T_P, B, N, layer = tree.prefix_tokens, len(tree.prefix_lengths), len(tree.suffix_lengths), module.layer_idx
+    parts = []
+    if T_P:
+        q_BHPE, k_BKPE, v_BKPE = (_pad(x[:, :T_P], B, tree.prefix_pad) for x in (q, k, v))
+        parts.append(_unpad(grouped_attention(q_BHPE, k_BKPE, v_BKPE, scaling, causal=True), tree.prefix_unpad))
+    else:
+        k_BKPE, v_BKPE = tree.cache.keys[layer], tree.cache.values[layer]
+    if N:
+        q_NHSE, k_NKSE, v_NKSE = (_pad(x[:, T_P:], N, tree.suffix_pad) for x in (q, k, v))
+        k_NKLE = torch.cat([k_BKPE[tree.owners], k_NKSE], dim=2)
+        v_NKLE = torch.cat([v_BKPE[tree.owners], v_NKSE], dim=2)
+        parts.append(_unpad(grouped_attention(q_NHSE, k_NKLE, v_NKLE, scaling, tree.mask), tree.suffix_unpad))
+    if tree.store is not None:
+        tree.store.append((k_BKPE, v_BKPE) if T_P else (k_NKSE, v_NKSE))
+    return torch.cat(parts)[None], None
+
+
+def tree_attention_varlen(q_HTE, k_KTE, v_KTE, scaling, tree, kernel=None):
+    """The same two calls with a variable-length kernel (flash-attn's, else torch's): no padding at all. [T, H, E]."""
+    kernel = kernel or varlen_kernel
+    q, k, v = (x.transpose(0, 1) for x in (q_HTE, k_KTE, v_KTE))
+    cu_P, P, cu_S, S, cu_L, L, key_index = tree.varlen()
+    T_P = tree.prefix_tokens
+    out = [kernel(q[:T_P], k[:T_P], v[:T_P], cu_P, cu_P, P, P, scaling)]
+    if tree.suffix_lengths:
+        out.append(kernel(q[T_P:], k[key_index], v[key_index], cu_S, cu_L, S, L, scaling))
+    return torch.cat(out)
+
+
+def varlen_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale):
+    """Causal (bottom right) variable-length attention over [T, heads, E], by flash-attn or by torch."""
+    if flash_attn_varlen_func is not None:
+        return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=True)
+    from torch.nn.attention.varlen import varlen_attn
+    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(-1, 0),
+                       enable_gqa=q.shape[1] != k.shape[1])
+
+
+AttentionInterface.register("prefix_tree", tree_attention)
+AttentionInterface.register("prefix_tree_varlen", tree_attention)
+
+
+# ---------------------------------------------------------------------------------------------
+# Positions
+
+
+def mrope(segment, start, config):
+    """M-RoPE positions [3, n] of a segment that starts at `start`, and the position after it.
+
+    Text counts up on all three axes. An image or video starts after the text before it; its temporal axis counts
+    floor(t * seconds_per_grid * tokens_per_second) for Qwen2.5-VL and stands still within a placeholder run for Qwen3-VL; what follows
+    starts at the largest position so far plus one: the rule of the released checkpoints (transformers 5.3 and
+    later let text overlap a long video's temporal positions, which is not what they were trained with).
+    """
+    ids = segment.ids.tolist()
+    visual = {config.image_token_id, config.video_token_id}
+    merge = config.vision_config.spatial_merge_size
+    grids = []
+    for (t, h, w), seconds in zip(segment.grids.tolist(), segment.seconds_per_grid.tolist()):
+        size = t * h * w // merge**2
+        split = config.model_type.startswith("qwen3") and t > 1  # Qwen3-VL: one run per temporal patch
+        grids += [(1, h // merge, w // merge, 0.0)] * t if split else [(t, h // merge, w // merge, seconds)]
+        assert size == t * (h // merge) * (w // merge)
+    speed = getattr(config.vision_config, "tokens_per_second", 0)
+    parts, position, i = [], start, 0
+    for t, h, w, seconds in grids:
+        run = i
+        while ids[run] not in visual:
+            run += 1
+        parts.append(torch.arange(position, position + run - i).expand(3, -1))
+        position += run - i
+        steps = (torch.arange(t) * (seconds * speed)).long()
+        axes = torch.meshgrid(steps, torch.arange(h), torch.arange(w), indexing="ij")
+        parts.append(torch.stack(axes).flatten(1) + position)
+        position = int(parts[-1].max()) + 1
+        i = run + t * h * w
+    assert not any(token in visual for token in ids[i:]), "placeholders without pixels"
+    parts.append(torch.arange(position, position + len(ids) - i).expand(3, -1))
+    return torch.cat(parts, dim=1), position + len(ids) - i
+
+
+# ---------------------------------------------------------------------------------------------
+# The student
+
+
+@dataclass
+class Completion:
+    """What was sampled in one row: ids [C] through EOS (or cut at the limit), and their log-probs [C] in fp32."""
+    ids: Tensor
+    logp: Tensor
+    finished: bool
+
+
+class Student(nn.Module):
+    """A vision-language model with the four operations FFR needs: prefill, sample, score (forward), save."""
+
+    def __init__(self, model, processor, trainable=True, freeze_vision=False):
+        super().__init__()
+        self.model, self.processor, self.trainable = model, processor, trainable
+        self.requires_grad_(trainable)
+        self.freeze_vision = freeze_vision or not trainable
+        model.model.visual.requires_grad_(not self.freeze_vision)
+        tokenizer = processor.tokenizer
+        eos = model.generation_config.eos_token_id
+        self.eos_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        # a sampled placeholder has no pixels, and rows past the tokenizer have no text: none may be sampled
+        banned = (special | set(range(len(tokenizer), model.config.text_config.vocab_size))) - self.eos_ids
+        self.register_buffer("banned", torch.tensor(sorted(banned), dtype=torch.long), persistent=False)
+
+    @classmethod
+    def load(cls, path, device="cpu", dtype=torch.float32, attention="auto", trainable=True, freeze_vision=False,
+             recompute=False):
+        """Load a checkpoint folder or hub name; weights in fp32 where they are trained, else in `dtype`.
+
+        attention: auto | flash | sdpa. recompute: activation checkpointing of every block in training.
+        """
+        on_cuda = torch.device(device).type == "cuda"
+        if attention == "flash" and not (on_cuda and flash_attn_varlen_func):
+            raise ValueError("--attention flash needs a CUDA device and the flash-attn package")
+        flash = on_cuda and dtype != torch.float32 and attention != "sdpa"
+        vision = "flash_attention_2" if flash and flash_attn_varlen_func else "sdpa"
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, dtype="auto",
+            attn_implementation={"text_config": "prefix_tree_varlen" if flash else "prefix_tree", "vision_config": vision})
+        if recompute:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train(trainable)
+        student = cls(model, AutoProcessor.from_pretrained(path), trainable, freeze_vision)
+        weights = torch.float32 if trainable else dtype
+        if dist.is_initialized():
+            return shard(student, torch.device(device), weights, dtype)
+        if trainable and dtype != torch.float32:
+            raise ValueError("--dtype bfloat16 keeps fp32 master weights through FSDP: start train.py with torchrun")
+        return student.to(device, weights)
+
+    @property
+    def device(self):
+        return self.banned.device
+
+    # -- the pieces every pass shares
+
+    def features(self, segments):
+        """The vision tower over all images and videos of `segments`, in order, in one call. None without any."""
+        pixels = [s.pixels for s in segments if s.pixels is not None]
+        if not pixels:
+            return None
+        grids = torch.cat([s.grids for s in segments]).to(self.device)
+        tower = self.model.model.visual
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
+            pixels = torch.cat(pixels).to(self.device, tower.patch_embed.proj.weight.dtype)
+            out = tower(pixels, grid_thw=grids, return_dict=True)
+        return Features(out.pooler_output, list(getattr(out, "deepstack_features", None) or []))
+
+    def hidden(self, ids_T, positions_3T, features, tree):
+        """Last hidden states [T, D] of one packed row."""
+        text = self.model.model.language_model
+        embeds_TD = text.embed_tokens(ids_T)
+        config, extra = self.model.config, {}
+        if features is not None:
+            visual_T = (ids_T == config.image_token_id) | (ids_T == config.video_token_id)
+            assert int(visual_T.sum()) == len(features.embeddings), "placeholders and pixels disagree"
+            embeds_TD = embeds_TD.masked_scatter(visual_T[:, None], features.embeddings.to(embeds_TD.dtype))
+            if features.deepstack:
+                extra = {"visual_pos_masks": visual_T[None], "deepstack_visual_embeds": features.deepstack}
+        out = text(inputs_embeds=embeds_TD[None], position_ids=positions_3T[:, None], attention_mask=None,
+                   use_cache=False, tree=tree, **extra)
+        return out.last_hidden_state[0]
+
+    def logits(self, hidden_TD, temperature):
+        """fp32 logits [T, V] at a temperature (0, greedy, is scored at 1)."""
+        return self.model.lm_head(hidden_TD).float() / (temperature or 1.0)
+
+    def pack(self, segments, starts):
+        """ids [T] and positions [3, T] of segments laid end to end, each starting at its own position; also where each ends."""
+        placed = [mrope(segment, start, self.model.config) for segment, start in zip(segments, starts)]
+        ids_T = torch.cat([segment.ids for segment in segments]).to(self.device)
+        return ids_T, torch.cat([p for p, _ in placed], dim=1).to(self.device), [end for _, end in placed]
+
+    # -- scoring
+
+    def forward(self, prefixes, suffixes, owners, completions, temperature=1.0, entropy=False, features=None):
+        """log π(completion | prefix, suffix) of every completion token, over the packed tree.
+
+        prefixes: B segments; suffixes: N segments (header, or patch and header); owners: N prefix indices;
+        completions: N id tensors [C_n]. Returns logp [sum C_n] in fp32, suffixes in order, and the entropy
+        of the same distributions (no gradient; None unless asked for). Only completion tokens get logits.
+        """
+        assert len(suffixes) == len(owners) == len(completions)
+        config, lengths = self.model.config, [len(p.ids) for p in prefixes]
+        P_ids, P_positions, ends = self.pack(prefixes, [0] * len(prefixes))
+        rows = [_extended(suffix, completion.cpu()) for suffix, completion in zip(suffixes, completions)]
+        S_ids, S_positions, _ = self.pack(rows, [ends[b] for b in owners])
+        features = self._all_features(prefixes, suffixes, features)
+        tree = Tree(lengths, [len(r.ids) for r in rows], list(owners), self.device)
+        hidden_TD = self.hidden(torch.cat([P_ids, S_ids]), torch.cat([P_positions, S_positions], dim=1), features, tree)
+        index, start = [], sum(lengths)
+        for row, completion in zip(rows, completions):
+            start += len(row.ids)
+            index.append(torch.arange(start - len(completion), start) - 1)  # token t is predicted at t - 1
+        hidden_CD = hidden_TD[torch.cat(index).to(self.device)]
+        targets_C = torch.cat([c.to(self.device) for c in completions])
+        rows_at_once = max(1, LOGITS_AT_ONCE // config.text_config.vocab_size)
+        parts = [checkpoint(self._score, h, t, temperature, entropy, use_reentrant=False)
+                 for h, t in zip(hidden_CD.split(rows_at_once), targets_C.split(rows_at_once))]
+        return torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts]) if entropy else None
+
+    def _all_features(self, prefixes, suffixes, features):
+        """Features of prefixes and suffixes in packed order; the prefixes' are reused where the caller has them."""
+        if features is None:
+            return self.features([*prefixes, *suffixes])
+        more = self.features(suffixes)
+        if more is None:
+            return features
+        return Features(torch.cat([features.embeddings, more.embeddings]),
+                        [torch.cat(pair) for pair in zip(features.deepstack, more.deepstack)])
+
+    def _score(self, hidden_CD, targets_C, temperature, entropy):
+        logits_CV = self.logits(hidden_CD, temperature)
+        normaliser_C = logits_CV.logsumexp(-1)
+        logp_C = logits_CV.gather(-1, targets_C[:, None])[:, 0] - normaliser_C
+        if not entropy:
+            return logp_C, None
+        with torch.no_grad():
+            return logp_C, normaliser_C - ((logits_CV - normaliser_C[:, None]).exp() * logits_CV).sum(-1)
+
+    # -- sampling
+
+    @torch.no_grad()
+    def prefill(self, prefixes):
+        """Run the prefixes once and keep their keys and values, for all tries and repairs of the step."""
+        ids_T, positions_3T, ends = self.pack(prefixes, [0] * len(prefixes))
+        lengths, features = [len(p.ids) for p in prefixes], self.features(prefixes)
+        tree = Tree(lengths, [], [], self.device, store=[])
+        self.hidden(ids_T, positions_3T, features, tree)
+        keys, values = (list(x) for x in zip(*tree.store))
+        return Cache(lengths, ends, keys, values, features if self.freeze_vision else None)
+
+    @torch.no_grad()
+    def sample(self, cache, suffixes, owners, uniforms, max_completion, temperature=1.0, top_p=1.0, done=None):
+        """Sample one completion per suffix, all rows together, from the prefixes in `cache`.
+
+        suffixes: N segments; owners: N indices into the cache's prefixes; uniforms: [N, max_completion] in [0, 1), row n's
+        randomness, so that a row's text depends on nothing but its own prompt and numbers. temperature 0 is greedy.
+        Returns N Completions. done(n, completion) is called for each row as soon as it is known to have ended.
+        """
+        N, device = len(suffixes), self.device
+        ids_T, positions_3T, ends = self.pack(suffixes, [cache.next_position[b] for b in owners])
+        tree = Tree(cache.lengths, [len(s.ids) for s in suffixes], list(owners), device, cache=cache, store=[])
+        hidden_TD = self.hidden(ids_T, positions_3T, self.features(suffixes), tree)
+        last = torch.tensor(tree.suffix_lengths, device=device).cumsum(0) - 1
+        hidden_ND = hidden_TD[last]
+        rows = DecodeRows(self.model, cache, tree, ends, max_completion)
+        eos = torch.tensor(sorted(self.eos_ids), device=device)
+        uniforms_NC = uniforms.to(device)
+        live_N = torch.arange(N, device=device)
+        ended_N = torch.zeros(N, dtype=torch.bool, device=device)
+        ids_NC = torch.full((N, max_completion), int(eos[0]), device=device)
+        logp_NC = torch.zeros(N, max_completion, device=device)
+        completions = [None] * N
+        check_every = 16 if device.type == "cuda" else 1  # asking whether all have ended waits for the device
+        for t in range(max_completion):
+            token_n, logp_n = self._draw(hidden_ND, uniforms_NC[live_N, t], temperature, top_p)
+            ids_NC[live_N, t], logp_NC[live_N, t] = token_n, logp_n
+            ended_N |= torch.isin(token_n, eos)
+            if (t + 1) % check_every == 0 or t + 1 == max_completion:
+                over = ended_N if t + 1 < max_completion else torch.ones_like(ended_N)
+                for n in live_N[over].tolist():
+                    completions[n] = self._completion(ids_NC[n, :t + 1], logp_NC[n, :t + 1])
+                    if done is not None:
+                        done(n, completions[n])
+                if over.all():
+                    break
+                if over.any():
+                    keep = (~over).nonzero()[:, 0]
+                    rows.keep(keep)
+                    live_N, ended_N, token_n = live_N[keep], ended_N[keep], token_n[keep]
+            hidden_ND = rows.step(token_n, t)
+        return completions
+
+    def _draw(self, hidden_ND, uniform_N, temperature, top_p):
+        """One token per row: inverse of the cumulative distribution at `uniform`, over the top-p set without banned ids.
+
+        The log-prob is the untruncated one, the same that scoring computes (design, decision 12).
+        """
+        logits_NV = self.logits(hidden_ND, temperature)
+        normaliser_N = logits_NV.logsumexp(-1)
+        allowed_NV = logits_NV.index_fill(-1, self.banned, float("-inf"))
+        if temperature == 0:
+            token_N = allowed_NV.argmax(-1)
+        else:
+            p_NV, order_NV = allowed_NV.softmax(-1).sort(dim=-1, descending=True)
+            mass_NV = p_NV.cumsum(-1)
+            inside_N = (mass_NV - p_NV < top_p).sum(-1, keepdim=True)  # the first token is always inside
+            total_N = mass_NV.gather(-1, inside_N - 1)
+            rank_N = torch.searchsorted(mass_NV, uniform_N[:, None] * total_N, right=True).clamp(max=inside_N - 1)
+            token_N = order_NV.gather(-1, rank_N)[:, 0]
+        return token_N, logits_NV.gather(-1, token_N[:, None])[:, 0] - normaliser_N
+
+    def _completion(self, ids_C, logp_C):
+        ids = ids_C.tolist()
+        end = next((i + 1 for i, token in enumerate(ids) if token in self.eos_ids), None)
+        return Completion(ids_C[:end].cpu(), logp_C[:end].clone(), end is not None)
+
+    # -- weights
+
+    @contextmanager
+    def gathered(self):
+        """Under FSDP: all parameters whole on this rank, so that ranks sample without meeting; then given back."""
+        parts = [m for m in self.modules() if isinstance(m, FSDPModule)]
+        if parts:
+            self.set_reshard_after_forward(False)
+        for part in parts:
+            part.unshard()
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.reshard()
+            if parts:
+                self.set_reshard_after_forward(True)
+
+    def save(self, folder, dtype=None):
+        """Write a Hugging Face checkpoint (weights, config, tokenizer, processor); every rank must call it."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(self.model, options=options) if dist.is_initialized() else self.model.state_dict()
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            state = {name: weight.to(dtype or weight.dtype) for name, weight in state.items()}
+            self.model.save_pretrained(folder, state_dict=state)
+            self.processor.save_pretrained(folder)
+
+
+def _extended(segment, ids):
+    """The segment with text ids appended."""
+    return type(segment)(torch.cat([segment.ids, ids]), segment.pixels, segment.grids, segment.seconds_per_grid)
+
+
+def shard(student, device, weights, compute):
+    """FSDP: each block its own unit, the rest (embeddings, norms, merger, head) the root; fp32 reduction."""
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    inner = student.model.model
+    for block in [*inner.visual.blocks, *inner.language_model.layers]:
+        fully_shard(block.to(weights), mesh=mesh, mp_policy=policy)
+    fully_shard(student.to(weights), mesh=mesh, mp_policy=policy)
+    student.to(device)
+    for name in ("prefill", "sample"):
+        register_fsdp_forward_method(student, name)
+    return student
+
+
+# ---------------------------------------------------------------------------------------------
+# Decoding one token per row
+
+
+class DecodeRows:
+    """The growing key-value cache of N rows and the one-token forward through the layers' own weights.
+
+    A row's slots are [prefix and suffix, padded to the longest | completion]: completions of all rows stand in the same
+    slots, so a step writes one slice, and a fixed mask hides the padding between.
+    """
+
+    def __init__(self, model, cache, tree, ends, max_completion):
+        self.text, self.head_dim = model.model.language_model, cache.keys[0].shape[-1]
+        device = cache.keys[0].device
+        lengths = [cache.lengths[b] + s for b, s in zip(tree.owners.tolist(), tree.suffix_lengths)]
+        self.base, N = max(lengths), len(lengths)
+        P, S = cache.keys[0].shape[2], max(tree.suffix_lengths)
+        slots = torch.arange(self.base, device=device)
+        prefix_N = torch.tensor(cache.lengths, device=device)[tree.owners][:, None]
+        total_N = torch.tensor(lengths, device=device)[:, None]
+        # where each slot's key comes from: the prefix, else the suffix right after it
+        source_NL = torch.where(slots < prefix_N, slots, (slots - prefix_N).clamp(max=S - 1) + P)
+        source = source_NL[:, None, :, None].expand(-1, cache.keys[0].shape[1], -1, self.head_dim)
+        self.keys, self.values = [], []
+        for layer, pair in enumerate(zip(cache.keys, cache.values)):
+            for kept, prefix_BKPE, suffix_NKSE in zip((self.keys, self.values), pair, tree.store[layer]):
+                whole = torch.cat([prefix_BKPE[tree.owners], suffix_NKSE], dim=2)
+                room = whole.new_empty(N, whole.shape[1], self.base + max_completion, self.head_dim)
+                room[:, :, :self.base] = whole.gather(2, source)
+                kept.append(room)
+        self.mask = None
+        if len(set(lengths)) > 1:
+            self.mask = torch.ones(N, 1, 1, self.base + max_completion, dtype=torch.bool, device=device)
+            self.mask[:, 0, 0, :self.base] = slots < total_N
+        self.position_N = torch.tensor(ends, device=device)
+        self.layers = [_weights(layer) for layer in self.text.layers]
+
+    def keep(self, rows):
+        """Go on with these rows only."""
+        self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
+        self.mask = None if self.mask is None else self.mask[rows]
+        self.position_N = self.position_N[rows]
+
+    def step(self, token_N, t):
+        """Hidden states [N, D] after the t-th completion token of every row."""
+        text, slot = self.text, self.base + t
+        x_ND = text.embed_tokens(token_N)
+        cos, sin = text.rotary_emb(x_ND, (self.position_N + t)[None, None].expand(3, 1, -1))
+        cos_N1E, sin_N1E = cos[0][:, None], sin[0][:, None]
+        mask = None if self.mask is None else self.mask[..., :slot + 1]
+        for layer, (norm1, qkv, q_norm, k_norm, out, norm2, mlp) in enumerate(self.layers):
+            y = norm1(x_ND)
+            q_NHE, k_NKE, v_NKE = (proj(y).unflatten(-1, (-1, self.head_dim)) for proj in qkv)
+            if q_norm is not None:
+                q_NHE, k_NKE = q_norm(q_NHE), k_norm(k_NKE)
+            q_NHE, k_NKE = _rotate(q_NHE, cos_N1E, sin_N1E), _rotate(k_NKE, cos_N1E, sin_N1E)
+            keys, values = self.keys[layer], self.values[layer]
+            keys[:, :, slot], values[:, :, slot] = k_NKE, v_NKE
+            q = q_NHE.unflatten(1, (keys.shape[1], -1))  # query heads of a group become query positions
+            y = F.scaled_dot_product_attention(q, keys[:, :, :slot + 1], values[:, :, :slot + 1], attn_mask=mask)
+            x_ND = x_ND + out(y.flatten(1))
+            x_ND = x_ND + mlp(norm2(x_ND))
+        return text.norm(x_ND)
+
+
+def _weights(layer):
+    attention = layer.self_attn
+    return (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj),
+            getattr(attention, "q_norm", None), getattr(attention, "k_norm", None), attention.o_proj,
+            layer.post_attention_layernorm, layer.mlp)
+
+
+def _rotate(x_NHE, cos, sin):
+    """Rotary embedding in the half-split layout of Qwen."""
+    a, b = x_NHE.chunk(2, dim=-1)
+    return x_NHE * cos + torch.cat([-b, a], dim=-1) * sin

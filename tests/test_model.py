@@ -1,0 +1,248 @@
+"""The prefix tree and cached sampling against the plain way, for both families, in fp32."""
+
+import pytest
+import torch
+
+import model as model_module
+from model import Tree, grouped_attention, mrope, tree_attention_varlen
+from tiny import EOS, FAMILIES, IMAGE, VIDEO, image, plain_positions, separate_logits, text, tiny_student, video, words
+
+
+def forest(family):
+    """Three prompts (two videos of different sizes, one image), seven rollouts: headers, text patches, an image patch."""
+    prefixes = [video(family, 4, 4, 4, 11), video(family, 6, 4, 8, 7), image(8, 4, 9)]
+    suffixes = [text(3), text(3), text(12, 1), image(4, 4, 5), text(3), text(9, 2), text(3)]
+    return prefixes, suffixes, [0, 0, 0, 0, 1, 1, 2]
+
+
+def separate_logp(student, prefixes, suffixes, owners, completions):
+    parts = [separate_logits(student, prefixes[b], s, c)[:-1].log_softmax(-1).gather(-1, c[:, None])[:, 0]
+             for b, s, c in zip(owners, suffixes, completions)]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tree_equals_separate_rows(family):
+    """Catches: a suffix that sees another suffix, a shift by one, wrong positions after a video or a patch image."""
+    student = tiny_student(family)
+    prefixes, suffixes, owners = forest(family)
+    completions = [words(n, n) for n in (5, 9, 7, 6, 4, 8, 3)]
+    weight = torch.linspace(-1, 1, 42)
+    plain = separate_logp(student, prefixes, suffixes, owners, completions)
+    (plain * weight).sum().backward()
+    expected = {name: p.grad.clone() for name, p in student.named_parameters()}
+    student.zero_grad()
+    logp, entropy = student(prefixes, suffixes, owners, completions, entropy=True)
+    (logp * weight).sum().backward()
+    assert (logp - plain).abs().max() < 1e-5
+    for name, p in student.named_parameters():
+        assert (p.grad - expected[name]).norm() <= 1e-5 * expected[name].norm() + 1e-7, name
+    first = separate_logits(student, prefixes[0], suffixes[0], completions[0])[0].log_softmax(-1)
+    assert abs(entropy[0] - -(first.exp() * first).sum()) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_prompts_equal_one_at_a_time(family):
+    """Catches: padding of a shorter prefix that leaks into another prompt's rollouts."""
+    student = tiny_student(family)
+    prefixes, suffixes, owners = forest(family)
+    completions = [words(n, n) for n in (5, 9, 7, 6, 4, 8, 3)]
+    together, _ = student(prefixes, suffixes, owners, completions)
+    apart = [student([prefixes[b]], [s], [0], [c])[0] for b, s, c in zip(owners, suffixes, completions)]
+    assert (together - torch.cat(apart)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_greedy_equals_plain_greedy(family):
+    """Catches: a cache slot off by one, a wrong position while decoding, padding that is attended to, dropped rows mixed up."""
+    student = tiny_student(family)
+    prefixes, suffixes, owners = forest(family)
+    with torch.no_grad():
+        student.model.lm_head.weight[EOS] *= 2  # rows that end, and not all at once
+        cache = student.prefill(prefixes)
+        got = student.sample(cache, suffixes, owners, torch.zeros(7, 20), 20, temperature=0.0)
+        for suffix, b, completion in zip(suffixes, owners, got):
+            ids = torch.zeros(0, dtype=torch.long)
+            while len(ids) < 20 and (not len(ids) or ids[-1] != EOS):
+                logits = separate_logits(student, prefixes[b], suffix, ids)[-1]
+                ids = torch.cat([ids, logits.index_fill(0, student.banned, -torch.inf).argmax()[None]])
+            assert completion.ids.tolist() == ids.tolist()
+            assert completion.finished == (ids[-1] == EOS)
+    assert len({len(c.ids) for c in got}) > 1, "the test wants rows that end at different lengths"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logp_while_sampling_equals_logp_while_scoring(family):
+    """Catches: a ratio that is not 1 before any update; log-probs taken after top-p or under another temperature."""
+    student = tiny_student(family)
+    prefixes, suffixes, owners = forest(family)
+    cache = student.prefill(prefixes)
+    uniforms = torch.rand(7, 24, generator=torch.Generator().manual_seed(1))
+    sampled = student.sample(cache, suffixes, owners, uniforms, 24, temperature=0.8, top_p=0.9)
+    scored, _ = student(prefixes, suffixes, owners, [c.ids for c in sampled], temperature=0.8)
+    assert (torch.cat([c.logp for c in sampled]) - scored).abs().max() < 1e-5
+
+
+def test_a_row_depends_on_its_own_numbers_only():
+    """Catches: rollouts that change with the batch they are sampled in, which no resume or other world size could repeat."""
+    student = tiny_student("qwen2_5_vl")
+    prefixes, suffixes, owners = forest("qwen2_5_vl")
+    uniforms = torch.rand(7, 16, generator=torch.Generator().manual_seed(2))
+    together = student.sample(student.prefill(prefixes), suffixes, owners, uniforms, 16)
+    alone = [student.sample(student.prefill([prefixes[b]]), [s], [0], u[None], 16)[0]
+             for b, s, u in zip(owners, suffixes, uniforms)]
+    assert [c.ids.tolist() for c in together] == [c.ids.tolist() for c in alone]
+
+
+def test_done_is_called_once_per_row_with_its_completion():
+    """Catches: a failed try that never reaches the teacher, or reaches it twice, or with another row's text."""
+    student, calls = tiny_student("qwen2_5_vl"), {}
+    prefixes, suffixes, owners = forest("qwen2_5_vl")
+
+    def done(n, completion):
+        assert n not in calls
+        calls[n] = completion.ids.tolist()
+
+    uniforms = torch.rand(7, 16, generator=torch.Generator().manual_seed(2))
+    sampled = student.sample(student.prefill(prefixes), suffixes, owners, uniforms, 16, done=done)
+    assert calls == {n: c.ids.tolist() for n, c in enumerate(sampled)}
+
+
+def test_forbidden_tokens_are_never_sampled_and_eos_ends_a_row():
+    """Catches: a sampled image placeholder (the forward would want pixels), an EOS cut off or followed by more tokens."""
+    student = tiny_student("qwen2_5_vl")
+    with torch.no_grad():
+        student.model.lm_head.weight[[IMAGE, VIDEO, 198, 199]] *= 30  # make them likely
+        cache = student.prefill([image(4, 4, 3)])
+        sampled = student.sample(cache, [text(3)] * 64, [0] * 64, torch.rand(64, 40), 40, temperature=1.5)
+    seen = torch.cat([c.ids for c in sampled])
+    assert not set(seen.tolist()) & {*range(190, 194), 195, 198, 199}
+    assert any(c.finished for c in sampled)
+    for c in sampled:
+        assert (c.ids[:-1] != EOS).all() and c.finished == (c.ids[-1] == EOS) and len(c.ids) == len(c.logp) <= 40
+
+
+def test_top_p_and_temperature_follow_the_distribution():
+    """Catches: a nucleus one token too small or too large, temperature applied after truncation, a biased draw."""
+    student = tiny_student("qwen2_5_vl")
+    hidden = torch.randn(1, 64, generator=torch.Generator().manual_seed(3)) * 2
+    allowed = student.logits(hidden, 0.7)[0].index_fill(0, student.banned, -torch.inf).softmax(-1)
+    p, order = allowed.sort(descending=True)
+    n = int((p.cumsum(0) < 0.6).sum()) + 1  # the smallest set whose mass reaches top_p
+    expected = torch.zeros(200).index_put((order[:n],), p[:n] / p[:n].sum())
+    uniforms = (torch.arange(20000) + 0.5) / 20000
+    with torch.no_grad():
+        tokens, logp = student._draw(hidden.expand(20000, -1), uniforms, 0.7, 0.6)
+    counted = torch.bincount(tokens, minlength=200) / 20000
+    assert (counted - expected).abs().max() < 2e-4
+    assert torch.allclose(logp[0], student.logits(hidden, 0.7)[0].log_softmax(-1)[tokens[0]], atol=1e-6)
+
+
+def test_logits_in_chunks_change_nothing(monkeypatch):
+    """Catches: log-probs or gradients that depend on how the vocabulary projection is cut."""
+    student = tiny_student("qwen2_5_vl")
+    prefixes, suffixes, owners = forest("qwen2_5_vl")
+    completions = [words(n, n) for n in (5, 9, 7, 6, 4, 8, 3)]
+    results = []
+    for elements in (2**26, 5 * 200):  # everything at once; five rows at a time
+        monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", elements)
+        student.zero_grad()
+        logp, entropy = student(prefixes, suffixes, owners, completions, entropy=True)
+        logp.sum().backward()
+        results.append((logp.detach(), entropy, student.model.lm_head.weight.grad.clone()))
+    for a, b in zip(*results):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    """Catches: activation checkpointing that drops the tree on the second forward."""
+    grads = []
+    for recompute in (False, True):
+        student = tiny_student("qwen2_5_vl").train()
+        if recompute:
+            student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        prefixes, suffixes, owners = forest("qwen2_5_vl")
+        student(prefixes, suffixes, owners, [words(5, n) for n in range(7)])[0].sum().backward()
+        grads.append({name: p.grad for name, p in student.named_parameters()})
+    for name in grads[0]:
+        assert torch.allclose(grads[0][name], grads[1][name], atol=1e-5), name
+
+
+def test_a_frozen_tower_is_run_once_and_gets_no_gradient():
+    """Catches: vision features computed again for scoring, or trained although frozen."""
+    student = tiny_student("qwen3_vl", freeze_vision=True)
+    prefixes, suffixes, owners = forest("qwen3_vl")
+    completions = [words(4, n) for n in range(7)]
+    cache = student.prefill(prefixes)
+    fresh, _ = student(prefixes, suffixes, owners, completions)
+    reused, _ = student(prefixes, suffixes, owners, completions, features=cache.features)
+    assert (fresh - reused).abs().max() < 1e-6
+    reused.sum().backward()
+    assert all(p.grad is None for p in student.model.model.visual.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_follow_the_released_rule(family):
+    """Catches: text after a long video that overlaps its temporal positions, a suffix that starts from its token count."""
+    config = tiny_student(family).model.config
+    prefix, suffix = video(family, 8, 4, 4, 6, seconds=2.3), image(4, 8, 3)
+    first, end = mrope(prefix, 0, config)
+    second, _ = mrope(suffix, end, config)
+    ids = torch.cat([prefix.ids, suffix.ids]).tolist()
+    grids, seconds = prefix.grids.tolist() + suffix.grids.tolist(), [2.3, 0.0]
+    assert torch.equal(torch.cat([first, second], dim=1), plain_positions(ids, grids, seconds, config))
+    assert end == int(first.max()) + 1
+
+
+def test_positions_equal_transformers_where_it_keeps_the_rule():
+    """Catches: swapped height and width, a wrong start. For images transformers' own index agrees with the released rule."""
+    student, segment = tiny_student("qwen2_5_vl"), image(8, 4, 9)
+    types = (segment.ids == IMAGE).int()[None]
+    theirs, _ = student.model.model.get_rope_index(segment.ids[None], types, image_grid_thw=segment.grids)
+    assert torch.equal(mrope(segment, 0, student.model.config)[0], theirs[:, 0])
+
+
+def test_variable_length_attention_equals_padded():
+    """Catches: a wrong cumulative length or key order in the layout that the CUDA kernels read."""
+    torch.manual_seed(0)
+    prefixes, suffixes, owners = [7, 4], [3, 5, 2], [0, 0, 1]
+    T = sum(prefixes) + sum(suffixes)
+    q, k, v = torch.randn(4, T, 8), torch.randn(2, T, 8), torch.randn(2, T, 8)
+    tree = Tree(prefixes, suffixes, owners, torch.device("cpu"))
+
+    def kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale):
+        """What the fused kernels compute, one sequence after another."""
+        out = []
+        for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:]):
+            assert b - a <= max_q and d - c <= max_k
+            kk, vv = (x[c:d].repeat_interleave(2, dim=1) for x in (k, v))
+            scores = torch.einsum("qhe,khe->hqk", q[a:b], kk) * scale
+            hidden = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a)).logical_not()
+            out.append(torch.einsum("hqk,khe->qhe", scores.masked_fill(hidden, -torch.inf).softmax(-1), vv))
+        return torch.cat(out)
+
+    class Module:
+        layer_idx = 0
+        config = type("Config", (), {"_attn_implementation": "prefix_tree"})
+
+    padded, _ = model_module.tree_attention(Module, q[None], k[None], v[None], None, scaling=0.3, tree=tree)
+    assert (padded[0] - tree_attention_varlen(q, k, v, 0.3, tree, kernel)).abs().max() < 1e-6
+
+
+def test_folded_query_heads_equal_repeated_key_heads():
+    """Catches: query heads that meet the wrong key head."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 6, 5, 8), torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 8)
+    mask = torch.ones(5, 9, dtype=torch.bool).tril(4)
+    plain = torch.nn.functional.scaled_dot_product_attention(
+        q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), attn_mask=mask, scale=0.2).transpose(1, 2)
+    assert (grouped_attention(q, k, v, 0.2, mask[None, None]) - plain).abs().max() < 1e-6
+    assert (grouped_attention(q, k, v, 0.2, causal=True) - plain).abs().max() < 1e-6
+
+
+def test_placeholders_and_pixels_must_agree():
+    """Catches: a forward that goes on with features in the wrong places."""
+    student, broken = tiny_student("qwen2_5_vl"), image(4, 4, 3)
+    broken.ids = torch.cat([broken.ids, torch.tensor([IMAGE])])
+    with pytest.raises(AssertionError, match="placeholders"):
+        student.prefill([broken])
