@@ -1,0 +1,298 @@
+"""Find, Fix, Reason: the algorithm of arXiv 2604.16243, from a group's first tries to its loss.
+
+    find        G first tries τ_i of one prompt, verified: z_i                      (Eq. 3, 4)
+    fix         the teacher's evidence patch c_i for every failed try               (Eq. 5)
+    reason      one repair τ*_i per patch: same question, more evidence             (Eq. 6)
+    choose      τ̂_i = τ_i if z_i = 1 else τ*_i                                      (Eq. 7)
+    reward      R̃_i, the robust improvement reward: a repair pays the patch tax κ   (Eq. 8)
+    advantages  R̃_i standardised within the group                                   (Eq. 9)
+    loss        clipped token ratios under each rollout's own observation, and KL   (Eq. 10, 11)
+
+Everything the step needs from outside is an argument: the student, `score` (verifier), `diagnose` (teacher), `write`
+(patch to prompt). GRPO is the same step without a teacher.
+
+Where the paper is silent: a slot whose patch is missing keeps its first try, untaxed; a repaired slot takes the
+repair's score even where the repair failed too; an all-equal group gets exact zeros; the KL is the k3 estimator.
+
+Dimensions: B prompts, G rollouts of a prompt, C completion tokens, T completion tokens of a micro-batch.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DELTA = 1e-4  # δ of Eq. 9
+KL_CLAMP = 10.0  # largest |log ratio| that enters the KL, so that one stray token cannot overflow exp
+
+
+@dataclass
+class Rollout:
+    """One sampled completion τ under one observation: x, or (x, c) for a repair."""
+    ids_C: Tensor  # through EOS
+    old_logp_C: Tensor  # log π_old at sampling time, fp32
+    suffix: Any  # the segment between prefix and completion: header, or patch and header
+    text: str
+    accuracy: float  # of the final answer, in [0, 1]
+    format: float  # 1 if the completion keeps the think/answer format
+    correct: bool  # R(τ) = 1, Eq. 3: exact kinds at accuracy 1, graded ones at the pass mark
+    finished: bool  # ended with EOS, not at the length limit
+
+
+@dataclass
+class Slot:
+    """One of a group's G places: a first try and, where that failed and a patch came, its repair."""
+    first: Rollout  # τ_i; z_i = first.correct, Eq. 4
+    diagnosis: Any = None  # the teacher's answer, perhaps still on its way: anything with result() -> patch or None
+    patch: Any = None  # c_i
+    repair: Rollout | None = None  # τ*_i
+    alignment: float = 0.0  # 1 if the repair's rationale refers to the patch's evidence
+    reward: float = 0.0  # R̃_i
+    advantage: float = 0.0  # Â_i
+    trained: Rollout | None = None  # the rollout whose tokens carry the loss; None: no tokens of this slot do
+
+    @property
+    def chosen(self):
+        """τ̂_i = τ_i if z_i = 1 else τ*_i  (Eq. 7); τ_i too where no usable patch came."""
+        return self.first if self.first.correct or self.repair is None else self.repair
+
+
+@dataclass
+class Group:
+    """All that one prompt yields in one step."""
+    sample: Any
+    prefix: Any  # the segment x = [system, video, question]
+    slots: list[Slot] = field(default_factory=list)
+
+
+def noise(key, rows, length):
+    """Uniform numbers [rows, length] that depend on nothing but `key`.
+
+    The same seed, step and prompt give the same rollouts on any number of processes, in any batch, after any resume.
+    """
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
+    return torch.rand(rows, length, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------------------------------------
+# Find, fix, reason
+
+
+def find(student, cache, groups, header, score, diagnose, key, rollouts, max_completion, temperature, top_p, pass_mark):
+    """τ_i ~ π_old(· | x), i = 1..G, and z_i = 1[R(τ_i) = 1]  (Eq. 3, 4); fills each group's slots.
+
+    A failed try goes to the teacher the moment it has ended, while other rows are still being sampled.
+    score(sample, text) -> (accuracy, format, exact); exact kinds pass at accuracy 1, graded ones at `pass_mark`.
+    diagnose(sample, text) -> something with result() -> patch or None.
+    """
+    owners = [b for b in range(len(groups)) for _ in range(rollouts)]
+    slots = [None] * len(owners)
+
+    def verify(n, completion):
+        sample = groups[owners[n]].sample
+        first = _scored(student, sample, header, completion, score, pass_mark)
+        slots[n] = Slot(first, None if first.correct or diagnose is None else diagnose(sample, first.text))
+
+    uniforms = torch.cat([noise(f"{key}/{group.sample.id}/find", rollouts, max_completion) for group in groups])
+    student.sample(cache, [header] * len(owners), owners, uniforms, max_completion, temperature, top_p, done=verify)
+    for b, group in enumerate(groups):
+        group.slots = slots[b * rollouts:(b + 1) * rollouts]
+
+
+def fix(groups):
+    """(e_i, c_i) = T(x, y, τ_i) where z_i = 0  (Eq. 5): wait for the teacher's patches."""
+    for group in groups:
+        for slot in group.slots:
+            if slot.diagnosis is not None:
+                slot.patch = slot.diagnosis.result()
+
+
+def reason(student, cache, groups, write, score, align, key, max_completion, temperature, top_p, pass_mark):
+    """τ*_i ~ π_old(· | x, c_i)  (Eq. 6): all repairs of the step in one batch, from the prefixes already in `cache`.
+
+    write(sample, patch) -> the segment [patch, header]; align(text, patch) -> does the rationale use the evidence.
+    """
+    patched = [(b, i) for b, group in enumerate(groups) for i, slot in enumerate(group.slots) if slot.patch is not None]
+    if not patched:
+        return
+    rollouts = len(groups[0].slots)
+    uniforms = [noise(f"{key}/{group.sample.id}/reason", rollouts, max_completion) for group in groups]
+    suffixes = [write(groups[b].sample, groups[b].slots[i].patch) for b, i in patched]
+    completions = student.sample(cache, suffixes, [b for b, _ in patched], torch.stack([uniforms[b][i] for b, i in patched]),
+                                 max_completion, temperature, top_p)
+    for (b, i), suffix, completion in zip(patched, suffixes, completions):
+        slot = groups[b].slots[i]
+        slot.repair = _scored(student, groups[b].sample, suffix, completion, score, pass_mark)
+        slot.alignment = align(slot.repair.text, slot.patch)
+
+
+def _scored(student, sample, suffix, completion, score, pass_mark):
+    text = student.text(completion.ids)
+    accuracy, form, exact = score(sample, text)
+    correct = accuracy >= (1.0 if exact else pass_mark)
+    return Rollout(completion.ids, completion.logp.cpu(), suffix, text, accuracy, form, correct, completion.finished)
+
+
+# ---------------------------------------------------------------------------------------------
+# Choose, reward, advantage
+
+
+def choose(group, select="slot", train_on="chosen"):
+    """Which rollout of each slot carries the loss.
+
+    The paper's Eq. 7: every slot's chosen rollout. Ablations: select "best" keeps only the slot of the highest reward,
+    the unassisted first (appendix D.2); train_on "original" puts the repair's reward on the failed tokens (the authors' release).
+    """
+    for slot in group.slots:
+        slot.trained = slot.first if train_on == "original" else slot.chosen
+    if select == "best":
+        best = max(range(len(group.slots)), key=lambda i: (group.slots[i].reward, group.slots[i].repair is None, -i))
+        for i, slot in enumerate(group.slots):
+            slot.trained = slot.trained if i == best else None
+
+
+def reward(slot, kappa, alignment_weight=0.0):
+    """R̃_i = z_i R(τ_i) + (1 − z_i)(R(τ*_i) − κ), R = accuracy + format of the chosen rollout  (Eq. 8).
+
+    κ = `kappa` is charged for a repair, right or wrong, and never for a first try.
+    """
+    chosen = slot.chosen
+    value = chosen.accuracy + chosen.format
+    if chosen is slot.repair:
+        value += alignment_weight * slot.alignment - kappa
+    return value
+
+
+def advantages(rewards_G):
+    """Â_i = (R̃_i − mean_j R̃_j) / (std_j R̃_j + δ), unbiased std  (Eq. 9); an all-equal group gets exact zeros."""
+    rewards_G = torch.as_tensor(rewards_G, dtype=torch.float64)
+    if len(rewards_G) < 2 or bool((rewards_G == rewards_G[0]).all()):
+        return torch.zeros(len(rewards_G))
+    return ((rewards_G - rewards_G.mean()) / (rewards_G.std() + DELTA)).float()
+
+
+def credit(groups, kappa, alignment_weight=0.0, select="slot", train_on="chosen"):
+    """Eq. 7 to 9 for every group: rewards, advantages, and whose tokens are trained."""
+    for group in groups:
+        for slot in group.slots:
+            slot.reward = reward(slot, kappa, alignment_weight)
+        for slot, advantage in zip(group.slots, advantages([slot.reward for slot in group.slots]).tolist()):
+            slot.advantage = advantage
+        choose(group, select, train_on)
+
+
+# ---------------------------------------------------------------------------------------------
+# Loss
+
+
+@dataclass
+class MicroBatch:
+    """Part of a step that fits one packed forward: B prefixes, N trained rollouts, T completion tokens.
+
+    weight_T: what one token's objective counts for; zero throughout for the filler that keeps ranks in step.
+    """
+    prefixes: list
+    suffixes: list
+    owners: list[int]
+    completions: list[Tensor]
+    old_logp_T: Tensor
+    advantage_T: Tensor
+    weight_T: Tensor
+    sample_ids: list[str]
+    groups: list[int]  # which group each prefix is of
+    ref_logp_T: Tensor | None = None
+
+
+def micro_batches(groups, max_tokens, token_weight):
+    """Split the trained rollouts into micro-batches of at most `max_tokens` packed tokens (a single rollout may exceed it).
+
+    token_weight(rollout) -> the weight of each of its tokens in the loss. A group that is split has its prefix in every part.
+    """
+    parts, used = [], 0
+    for g, group in enumerate(groups):
+        for slot in (slot for slot in group.slots if slot.trained is not None):
+            size = len(slot.trained.suffix.ids) + len(slot.trained.ids_C)
+            new_prefix = not parts or parts[-1][-1][0] != g
+            if not parts or used + size + new_prefix * len(group.prefix.ids) > max_tokens:
+                parts.append([])
+                used, new_prefix = 0, True
+            used += size + new_prefix * len(group.prefix.ids)
+            parts[-1].append((g, slot))
+    return [_micro_batch(groups, part, token_weight) for part in parts]
+
+
+def _micro_batch(groups, part, token_weight):
+    present = sorted({g for g, _ in part})
+    trained = [slot.trained for _, slot in part]
+    lengths = torch.tensor([len(rollout.ids_C) for rollout in trained])
+    return MicroBatch(
+        prefixes=[groups[g].prefix for g in present], suffixes=[rollout.suffix for rollout in trained],
+        owners=[present.index(g) for g, _ in part], completions=[rollout.ids_C for rollout in trained],
+        old_logp_T=torch.cat([rollout.old_logp_C for rollout in trained]),
+        advantage_T=torch.tensor([slot.advantage for _, slot in part]).repeat_interleave(lengths),
+        weight_T=torch.tensor([token_weight(rollout) for rollout in trained]).repeat_interleave(lengths),
+        sample_ids=[groups[g].sample.id for g in present], groups=present)
+
+
+def token_weights(loss_norm, tokens, rollouts):
+    """The weight of each token of a rollout: 1/Σ_i|τ̂_i| ("token", Eq. 11) or 1/(n |τ̂_i|) ("sequence", as in R1-V).
+
+    tokens, rollouts: how many are trained in the whole step, over all ranks and micro-batches.
+    """
+    if loss_norm == "token":
+        return lambda rollout: 1.0 / max(tokens, 1)
+    return lambda rollout: 1.0 / (max(rollouts, 1) * len(rollout.ids_C))
+
+
+def loss(logp_T, batch, clip_low, clip_high, beta):
+    """−J = −Σ_t w_t [ CLIP(r_t, Â_t, ε) − β KL_t ]  (Eq. 10, 11), w_t = 1/Σ_i|τ̂_i|.
+
+    r_t = π_θ(τ̂_t | x̂, τ̂_<t) / π_old(same): `logp_T` and the batch's old_logp_T are of the same observation x̂.
+    CLIP(r, Â, ε) = min(r Â, clip(r, 1 − ε_low, 1 + ε_high) Â).
+    KL_t = exp(d) − d − 1 with d = log π_ref − log π_θ (k3), unbiased for KL[π_θ ‖ π_ref].
+    Returns the loss and a dict of sums over tokens, for the logs.
+    """
+    assert logp_T.shape == batch.old_logp_T.shape == batch.advantage_T.shape == batch.weight_T.shape
+    advantage_T, weight_T = batch.advantage_T.to(logp_T.device), batch.weight_T.to(logp_T.device)
+    log_ratio_T = logp_T - batch.old_logp_T.to(logp_T.device)
+    ratio_T = log_ratio_T.exp()
+    clipped_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
+    objective_T = torch.min(ratio_T * advantage_T, clipped_T * advantage_T)
+    sums = {"tokens": float(len(logp_T)), "mismatch": log_ratio_T.abs().sum().item(),
+            "clipped": (clipped_T * advantage_T < ratio_T * advantage_T).sum().item()}
+    if batch.ref_logp_T is not None:
+        d_T = (batch.ref_logp_T.to(logp_T.device) - logp_T).clamp(-KL_CLAMP, KL_CLAMP)
+        kl_T = d_T.exp() - d_T - 1
+        objective_T = objective_T - beta * kl_T
+        sums["kl"] = kl_T.sum().item()
+    return -(weight_T * objective_T).sum(), sums
+
+
+# ---------------------------------------------------------------------------------------------
+# What a step did, in numbers
+
+
+def measure(groups):
+    """Sums and counts of a step, name -> [sum, count], so that ranks can be added up before dividing."""
+    slots = [slot for group in groups for slot in group.slots]
+    repaired = [slot for slot in slots if slot.repair is not None]
+    mended = sum(slot.repair.correct for slot in repaired)
+    totals = {
+        "reward": [sum(slot.reward for slot in slots), len(slots)],
+        "accuracy": [sum(slot.first.accuracy for slot in slots), len(slots)],
+        "format": [sum(slot.first.format for slot in slots), len(slots)],
+        "intervention_ratio": [len(repaired), len(slots)],
+        "repair_rate": [mended, len(repaired)],
+        "chosen_accuracy": [sum(slot.chosen.accuracy for slot in slots), len(slots)],
+        "alignment": [sum(slot.alignment for slot in repaired), len(repaired)],
+        "advantage_zero_fraction": [sum(slot.advantage == 0 for slot in slots), len(slots)],
+        "completion_length": [sum(len(slot.chosen.ids_C) for slot in slots), len(slots)],
+        "finished": [sum(slot.chosen.finished for slot in slots), len(slots)],
+    }
+    for slot in repaired:
+        kind = slot.patch.error_type
+        right, seen = totals.get(f"repair_rate/{kind}", [0, 0])
+        totals[f"repair_rate/{kind}"] = [right + slot.repair.correct, seen + 1]
+    return totals
