@@ -8,13 +8,15 @@
     advantages  R̃_i standardised within the group                                   (Eq. 9)
     loss        clipped token ratios under each rollout's own observation, and KL   (Eq. 10, 11)
 
-Everything the step needs from outside is an argument: the student, `score` (verifier), `diagnose` (teacher), `write`
-(patch to prompt). GRPO is the same step without a teacher.
+Everything the step needs from outside is an argument: the student, `score` (verifier), `diagnose`
+(teacher), `write` (patch to prompt). GRPO is the same step without a teacher.
 
-Where the paper is silent: a slot whose patch is missing keeps its first try, untaxed; a repaired slot takes the
-repair's score even where the repair failed too; an all-equal group gets exact zeros; the KL is the k3 estimator.
+Where the paper is silent: a slot whose patch is missing keeps its first try, untaxed; a repaired
+slot takes the repair's score even where the repair failed too; an all-equal group gets exact zeros;
+the KL is the k3 estimator.
 
-Dimensions: B prompts, G rollouts of a prompt, C completion tokens, T completion tokens of a micro-batch.
+Dimensions: B prompts, G rollouts of a prompt, C completion tokens, T completion tokens of a
+micro-batch.
 """
 
 import hashlib
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor
 
 DELTA = 1e-4  # δ of Eq. 9
-KL_CLAMP = 10.0  # largest |log ratio| that enters the KL, so that one stray token cannot overflow exp
+KL_CLAMP = 10.0  # largest |log ratio| in the KL, so that one stray token cannot overflow exp
 
 
 @dataclass
@@ -43,15 +45,17 @@ class Rollout:
 
 @dataclass
 class Slot:
-    """One of a group's G places: a first try and, where that failed and a patch came, its repair."""
+    """One of a group's G places: a first try and, where that failed and a patch came, its
+    repair.
+    """
     first: Rollout  # τ_i; z_i = first.correct, Eq. 4
-    diagnosis: Any = None  # the teacher's answer, perhaps still on its way: anything with result() -> patch or None
+    diagnosis: Any = None  # future of the teacher's diagnosis, whose patch may be None
     patch: Any = None  # c_i
     repair: Rollout | None = None  # τ*_i
     alignment: float = 0.0  # 1 if the repair's rationale refers to the patch's evidence
     reward: float = 0.0  # R̃_i
     advantage: float = 0.0  # Â_i
-    trained: Rollout | None = None  # the rollout whose tokens carry the loss; None: no tokens of this slot do
+    trained: Rollout | None = None  # the rollout whose tokens carry the loss, if any
 
     @property
     def chosen(self):
@@ -67,10 +71,20 @@ class Group:
     slots: list[Slot] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn, and from which accuracy a graded answer counts as right."""
+    max_completion: int
+    temperature: float
+    top_p: float
+    pass_mark: float
+
+
 def noise(key, rows, length):
     """Uniform numbers [rows, length] that depend on nothing but `key`.
 
-    The same seed, step and prompt give the same rollouts on any number of processes, in any batch, after any resume.
+    The same seed, step and prompt give the same rollouts on any number of processes, in any batch,
+    after any resume.
     """
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
     return torch.rand(rows, length, generator=torch.Generator().manual_seed(seed))
@@ -80,23 +94,26 @@ def noise(key, rows, length):
 # Find, fix, reason
 
 
-def find(student, cache, groups, header, score, diagnose, key, rollouts, max_completion, temperature, top_p, pass_mark):
+def find(student, cache, groups, header, score, diagnose, key, rollouts, sampling):
     """τ_i ~ π_old(· | x), i = 1..G, and z_i = 1[R(τ_i) = 1]  (Eq. 3, 4); fills each group's slots.
 
-    A failed try goes to the teacher the moment it has ended, while other rows are still being sampled.
-    score(sample, text) -> (accuracy, format, exact); exact kinds pass at accuracy 1, graded ones at `pass_mark`.
-    diagnose(sample, text) -> something with result() -> patch or None.
+    A failed try goes to the teacher the moment it has ended, while other rows are being sampled.
+    score(sample, text) -> (accuracy, format, exact): exact kinds pass at 1, graded at the mark.
+    diagnose(sample, text) -> future of a diagnosis (with .patch); None where nobody teaches.
     """
     owners = [b for b in range(len(groups)) for _ in range(rollouts)]
     slots = [None] * len(owners)
 
     def verify(n, completion):
         sample = groups[owners[n]].sample
-        first = _scored(student, sample, header, completion, score, pass_mark)
-        slots[n] = Slot(first, None if first.correct or diagnose is None else diagnose(sample, first.text))
+        first = _scored(student, sample, header, completion, score, sampling)
+        ask = diagnose is not None and not first.correct
+        slots[n] = Slot(first, diagnose(sample, first.text) if ask else None)
 
-    uniforms = torch.cat([noise(f"{key}/{group.sample.id}/find", rollouts, max_completion) for group in groups])
-    student.sample(cache, [header] * len(owners), owners, uniforms, max_completion, temperature, top_p, done=verify)
+    uniforms = [noise(f"{key}/{group.sample.id}/find", rollouts, sampling.max_completion)
+                for group in groups]
+    student.sample(cache, [header] * len(owners), owners, torch.cat(uniforms),
+                   sampling.max_completion, sampling.temperature, sampling.top_p, done=verify)
     for b, group in enumerate(groups):
         group.slots = slots[b * rollouts:(b + 1) * rollouts]
 
@@ -106,33 +123,37 @@ def fix(groups):
     for group in groups:
         for slot in group.slots:
             if slot.diagnosis is not None:
-                slot.patch = slot.diagnosis.result()
+                slot.patch = slot.diagnosis.result().patch
 
 
-def reason(student, cache, groups, write, score, align, key, max_completion, temperature, top_p, pass_mark):
-    """τ*_i ~ π_old(· | x, c_i)  (Eq. 6): all repairs of the step in one batch, from the prefixes already in `cache`.
+def reason(student, cache, groups, write, score, align, key, sampling):
+    """τ*_i ~ π_old(· | x, c_i)  (Eq. 6): all repairs of a step in one batch, prefixes cached.
 
-    write(sample, patch) -> the segment [patch, header]; align(text, patch) -> does the rationale use the evidence.
+    write(sample, patch) -> the segment [patch, header]; align(text, patch) -> 1 if text uses it.
     """
-    patched = [(b, i) for b, group in enumerate(groups) for i, slot in enumerate(group.slots) if slot.patch is not None]
+    patched = [(b, i) for b, group in enumerate(groups)
+               for i, slot in enumerate(group.slots) if slot.patch is not None]
     if not patched:
         return
-    rollouts = len(groups[0].slots)
-    uniforms = [noise(f"{key}/{group.sample.id}/reason", rollouts, max_completion) for group in groups]
+    rows = len(groups[0].slots)
+    uniforms = [noise(f"{key}/{group.sample.id}/reason", rows, sampling.max_completion)
+                for group in groups]
     suffixes = [write(groups[b].sample, groups[b].slots[i].patch) for b, i in patched]
-    completions = student.sample(cache, suffixes, [b for b, _ in patched], torch.stack([uniforms[b][i] for b, i in patched]),
-                                 max_completion, temperature, top_p)
+    completions = student.sample(
+        cache, suffixes, [b for b, _ in patched], torch.stack([uniforms[b][i] for b, i in patched]),
+        sampling.max_completion, sampling.temperature, sampling.top_p)
     for (b, i), suffix, completion in zip(patched, suffixes, completions):
         slot = groups[b].slots[i]
-        slot.repair = _scored(student, groups[b].sample, suffix, completion, score, pass_mark)
+        slot.repair = _scored(student, groups[b].sample, suffix, completion, score, sampling)
         slot.alignment = align(slot.repair.text, slot.patch)
 
 
-def _scored(student, sample, suffix, completion, score, pass_mark):
+def _scored(student, sample, suffix, completion, score, sampling):
     text = student.text(completion.ids)
     accuracy, form, exact = score(sample, text)
-    correct = accuracy >= (1.0 if exact else pass_mark)
-    return Rollout(completion.ids, completion.logp.cpu(), suffix, text, accuracy, form, correct, completion.finished)
+    correct = accuracy >= (1.0 if exact else sampling.pass_mark)
+    return Rollout(completion.ids, completion.logp.cpu(), suffix, text, accuracy, form, correct,
+                   completion.finished)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -142,19 +163,20 @@ def _scored(student, sample, suffix, completion, score, pass_mark):
 def choose(group, select="slot", train_on="chosen"):
     """Which rollout of each slot carries the loss.
 
-    The paper's Eq. 7: every slot's chosen rollout. Ablations: select "best" keeps only the slot of the highest reward,
-    the unassisted first (appendix D.2); train_on "original" puts the repair's reward on the failed tokens (the authors' release).
+    The paper's Eq. 7: every slot's chosen rollout. Ablations: select "best" keeps only the slot of
+    the highest reward, the unassisted first (appendix D.2); train_on "original" puts the repair's
+    reward on the failed tokens (the authors' release).
     """
     for slot in group.slots:
         slot.trained = slot.first if train_on == "original" else slot.chosen
     if select == "best":
-        best = max(range(len(group.slots)), key=lambda i: (group.slots[i].reward, group.slots[i].repair is None, -i))
-        for i, slot in enumerate(group.slots):
-            slot.trained = slot.trained if i == best else None
+        best = max(group.slots, key=lambda slot: (slot.reward, slot.repair is None))
+        for slot in group.slots:
+            slot.trained = slot.trained if slot is best else None
 
 
 def reward(slot, kappa, alignment_weight=0.0):
-    """R̃_i = z_i R(τ_i) + (1 − z_i)(R(τ*_i) − κ), R = accuracy + format of the chosen rollout  (Eq. 8).
+    """R̃_i = z_i R(τ_i) + (1 − z_i)(R(τ*_i) − κ), R = accuracy + format of the chosen one  (Eq. 8).
 
     κ = `kappa` is charged for a repair, right or wrong, and never for a first try.
     """
@@ -166,7 +188,7 @@ def reward(slot, kappa, alignment_weight=0.0):
 
 
 def advantages(rewards_G):
-    """Â_i = (R̃_i − mean_j R̃_j) / (std_j R̃_j + δ), unbiased std  (Eq. 9); an all-equal group gets exact zeros."""
+    """Â_i = (R̃_i − mean_j R̃_j) / (std_j R̃_j + δ), unbiased std  (Eq. 9); all equal: zeros."""
     rewards_G = torch.as_tensor(rewards_G, dtype=torch.float64)
     if len(rewards_G) < 2 or bool((rewards_G == rewards_G[0]).all()):
         return torch.zeros(len(rewards_G))
@@ -178,8 +200,9 @@ def credit(groups, kappa, alignment_weight=0.0, select="slot", train_on="chosen"
     for group in groups:
         for slot in group.slots:
             slot.reward = reward(slot, kappa, alignment_weight)
-        for slot, advantage in zip(group.slots, advantages([slot.reward for slot in group.slots]).tolist()):
-            slot.advantage = advantage
+        values = advantages([slot.reward for slot in group.slots])
+        for slot, value in zip(group.slots, values.tolist()):
+            slot.advantage = value
         choose(group, select, train_on)
 
 
@@ -189,9 +212,11 @@ def credit(groups, kappa, alignment_weight=0.0, select="slot", train_on="chosen"
 
 @dataclass
 class MicroBatch:
-    """Part of a step that fits one packed forward: B prefixes, N trained rollouts, T completion tokens.
+    """Part of a step that fits one packed forward: B prefixes, N trained rollouts, T completion
+    tokens.
 
-    weight_T: what one token's objective counts for; zero throughout for the filler that keeps ranks in step.
+    weight_T: what one token's objective counts for; zero throughout for the filler that keeps ranks
+    in step.
     """
     prefixes: list
     suffixes: list
@@ -201,14 +226,15 @@ class MicroBatch:
     advantage_T: Tensor
     weight_T: Tensor
     sample_ids: list[str]
-    groups: list[int]  # which group each prefix is of
     ref_logp_T: Tensor | None = None
 
 
 def micro_batches(groups, max_tokens, token_weight):
-    """Split the trained rollouts into micro-batches of at most `max_tokens` packed tokens (a single rollout may exceed it).
+    """Split the trained rollouts into micro-batches of at most `max_tokens` packed tokens (a single
+    rollout may exceed it).
 
-    token_weight(rollout) -> the weight of each of its tokens in the loss. A group that is split has its prefix in every part.
+    token_weight(rollout) -> the weight of each of its tokens in the loss. A group that is split has
+    its prefix in every part.
     """
     parts, used = [], 0
     for g, group in enumerate(groups):
@@ -227,17 +253,21 @@ def _micro_batch(groups, part, token_weight):
     present = sorted({g for g, _ in part})
     trained = [slot.trained for _, slot in part]
     lengths = torch.tensor([len(rollout.ids_C) for rollout in trained])
+    weights = torch.tensor([token_weight(rollout) for rollout in trained])
+    advantages = torch.tensor([slot.advantage for _, slot in part])
     return MicroBatch(
-        prefixes=[groups[g].prefix for g in present], suffixes=[rollout.suffix for rollout in trained],
-        owners=[present.index(g) for g, _ in part], completions=[rollout.ids_C for rollout in trained],
+        prefixes=[groups[g].prefix for g in present],
+        suffixes=[rollout.suffix for rollout in trained],
+        owners=[present.index(g) for g, _ in part],
+        completions=[rollout.ids_C for rollout in trained],
         old_logp_T=torch.cat([rollout.old_logp_C for rollout in trained]),
-        advantage_T=torch.tensor([slot.advantage for _, slot in part]).repeat_interleave(lengths),
-        weight_T=torch.tensor([token_weight(rollout) for rollout in trained]).repeat_interleave(lengths),
-        sample_ids=[groups[g].sample.id for g in present], groups=present)
+        advantage_T=advantages.repeat_interleave(lengths),
+        weight_T=weights.repeat_interleave(lengths),
+        sample_ids=[groups[g].sample.id for g in present])
 
 
 def token_weights(loss_norm, tokens, rollouts):
-    """The weight of each token of a rollout: 1/Σ_i|τ̂_i| ("token", Eq. 11) or 1/(n |τ̂_i|) ("sequence", as in R1-V).
+    """Weight of a rollout's tokens: 1/Σ_i|τ̂_i| ("token", Eq. 11), 1/(n |τ̂_i|) ("sequence", R1-V).
 
     tokens, rollouts: how many are trained in the whole step, over all ranks and micro-batches.
     """
@@ -249,8 +279,8 @@ def token_weights(loss_norm, tokens, rollouts):
 def loss(logp_T, batch, clip_low, clip_high, beta):
     """−J = −Σ_t w_t [ CLIP(r_t, Â_t, ε) − β KL_t ]  (Eq. 10, 11), w_t = 1/Σ_i|τ̂_i|.
 
-    r_t = π_θ(τ̂_t | x̂, τ̂_<t) / π_old(same): `logp_T` and the batch's old_logp_T are of the same observation x̂.
-    CLIP(r, Â, ε) = min(r Â, clip(r, 1 − ε_low, 1 + ε_high) Â).
+    r_t = π_θ(τ̂_t | x̂, τ̂_<t) / π_old(same): `logp_T` and the batch's old_logp_T are of the same
+    observation x̂. CLIP(r, Â, ε) = min(r Â, clip(r, 1 − ε_low, 1 + ε_high) Â).
     KL_t = exp(d) − d − 1 with d = log π_ref − log π_θ (k3), unbiased for KL[π_θ ‖ π_ref].
     Returns the loss and a dict of sums over tokens, for the logs.
     """
@@ -275,7 +305,9 @@ def loss(logp_T, batch, clip_low, clip_high, beta):
 
 
 def measure(groups):
-    """Sums and counts of a step, name -> [sum, count], so that ranks can be added up before dividing."""
+    """Sums and counts of a step, name -> [sum, count], so that ranks can be added up before
+    dividing.
+    """
     slots = [slot for group in groups for slot in group.slots]
     repaired = [slot for slot in slots if slot.repair is not None]
     mended = sum(slot.repair.correct for slot in repaired)

@@ -1,21 +1,22 @@
 """The student: a Qwen2.5-VL or Qwen3-VL that samples and scores over prefix trees.
 
 Everything FFR samples from one prompt shares the prefix [system, video, question]; what follows it
-(a header, or a patch and a header, then a completion) is a *suffix*. A suffix attends to its prefix and
-to itself, never to another suffix, so a prompt and its G rollouts are one packed row
+(a header, or a patch and a header, then a completion) is a *suffix*. A suffix attends to its prefix
+and to itself, never to another suffix, so a prompt and its G rollouts are one packed row
 
     [P_1 .. P_B, S_1 .. S_N]        all prefixes first, then all suffixes, nothing padded
 
-in which every shared token stands once. The modules, weights and checkpoint format are Hugging Face's; ours are
-the attention over the tree, the M-RoPE positions, the decode loop and the log-probs.
+in which every shared token stands once. The modules, weights and checkpoint format are Hugging
+Face's; ours are the attention over the tree, the M-RoPE positions, the decode loop and the
+log-probs.
 
     student = Student.load("Qwen/Qwen2.5-VL-7B-Instruct", device="cuda")
     cache = student.prefill([prefix])                            # once per prompt
     completions = student.sample(cache, [header] * 8, [0] * 8, ...)
     logp, entropy = student([prefix], suffixes, owners, completions)
 
-Dimensions: B prefixes, N suffixes (rows), P prefix tokens, S suffix tokens, C completion tokens, T packed
-tokens, V vocabulary, D width, H query heads, K key-value heads, E head width, L cache slots.
+Dimensions: B prefixes, N suffixes (rows), P prefix tokens, S suffix tokens, C completion tokens, T
+packed tokens, V vocabulary, D width, H query heads, K key-value heads, E head width, L cache slots.
 """
 
 from contextlib import contextmanager
@@ -26,7 +27,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
+                                    register_fsdp_forward_method)
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor
 
@@ -46,8 +48,10 @@ LOGITS_AT_ONCE = 2**26  # elements of fp32 logits held at a time (256 MiB), what
 class Cache:
     """Keys and values of B prefixes, and where their suffixes go on.
 
-    keys, values: per layer [B, K, P, E], prefixes padded on the right; lengths, next_position: B ints.
-    features: what the vision tower said of the prefixes, kept for scoring where the tower is frozen.
+    keys, values: per layer [B, K, P, E], prefixes padded on the right; lengths, next_position: B
+    ints.
+    features: what the vision tower said of the prefixes, kept for scoring where the tower is
+    frozen.
     """
     lengths: list[int]
     next_position: list[int]
@@ -58,20 +62,24 @@ class Cache:
 
 @dataclass
 class Features:
-    """The vision tower's output for some segments: embeddings [v, D] and Qwen3-VL's deepstack [v, D] each."""
+    """The vision tower's output for some segments: embeddings [v, D] and Qwen3-VL's deepstack [v,
+    D] each.
+    """
     embeddings: Tensor
     deepstack: list[Tensor]
 
 
 class Tree:
-    """How one packed row splits into prefixes and suffixes, and which suffix hangs from which prefix.
+    """How one packed row splits into prefixes and suffixes, and which suffix hangs from which
+    prefix.
 
-    prefix_lengths: B ints; suffix_lengths, owners: N ints. With `cache` the prefixes are not in the row but in the cache.
-    `store` collects each layer's padded keys and values: of the prefixes, or of the suffixes where the prefixes are cached.
+    prefix_lengths: B ints; suffix_lengths, owners: N ints. With `cache` the prefixes are not in the
+    row but in the cache. `store` collects each layer's padded keys and values: of the prefixes, or
+    of the suffixes where the prefixes are cached.
     """
 
     def __init__(self, prefix_lengths, suffix_lengths, owners, device, cache=None, store=None):
-        assert len(suffix_lengths) == len(owners) and all(0 <= b < len(prefix_lengths) for b in owners)
+        assert len(suffix_lengths) == len(owners) and set(owners) <= set(range(len(prefix_lengths)))
         self.cache, self.store = cache, store
         self.prefix_lengths, self.suffix_lengths = prefix_lengths, suffix_lengths
         self.prefix_tokens = 0 if cache else sum(prefix_lengths)
@@ -83,34 +91,41 @@ class Tree:
         self._varlen = None
 
     def _suffix_mask(self, device):
-        """[N or 1, 1, S, P + S] bool: a suffix sees its whole prefix and itself up to and including its own token."""
+        """[N or 1, 1, S, P + S] bool: a suffix sees its whole prefix and itself up to and including
+        its own token.
+        """
         P, S = max(self.prefix_lengths), max(self.suffix_lengths)
         causal_SS = torch.ones(S, S, dtype=torch.bool, device=device).tril()
-        prefix_BP = torch.arange(P, device=device) < torch.tensor(self.prefix_lengths, device=device)[:, None]
+        lengths_B1 = torch.tensor(self.prefix_lengths, device=device)[:, None]
+        prefix_BP = torch.arange(P, device=device) < lengths_B1
         seen_NP = prefix_BP[self.owners] if len(set(self.prefix_lengths)) > 1 else prefix_BP[:1]
         seen_NSP = seen_NP[:, None].expand(-1, S, -1)
         return torch.cat([seen_NSP, causal_SS.expand(len(seen_NSP), S, S)], dim=-1)[:, None]
 
     def varlen(self):
-        """Cumulative lengths for variable-length kernels, and the gather that lays [prefix, suffix] keys end to end."""
+        """Cumulative and largest lengths of prefixes, suffixes and [prefix, suffix] pairs, and the
+        gather that lays the keys of those pairs end to end: what variable-length kernels read.
+        """
         if self._varlen is None:
-            P, S, B = self.prefix_lengths, self.suffix_lengths, len(self.prefix_lengths)
-            starts_P = torch.tensor([0] + P).cumsum(0).tolist()
-            starts_S = torch.tensor([0] + S).cumsum(0).tolist()
-            key_index = [torch.cat([torch.arange(starts_P[b], starts_P[b] + P[b]),
-                                    torch.arange(starts_S[n], starts_S[n] + S[n]) + starts_P[B]])
-                         for n, b in enumerate(self.owners.tolist())]
-            both = [P[b] + S[n] for n, b in enumerate(self.owners.tolist())]
-            cumulative = lambda lengths: torch.tensor([0] + lengths).cumsum(0).to(self.device, torch.int32)
-            self._varlen = (cumulative(P), max(P), cumulative(S), max(S, default=0), cumulative(both), max(both, default=0),
-                            torch.cat(key_index).to(self.device) if key_index else None)
+            P, S, owners = self.prefix_lengths, self.suffix_lengths, self.owners.tolist()
+            cumulate = lambda lengths: torch.tensor([0] + lengths).cumsum(0)
+            P_cu, S_cu, L = cumulate(P), cumulate(S), [P[b] + s for b, s in zip(owners, S)]
+            keys = [torch.cat([torch.arange(P_cu[b], P_cu[b + 1]),
+                               torch.arange(S_cu[n], S_cu[n + 1]) + P_cu[-1]])
+                    for n, b in enumerate(owners)]
+            keys = torch.cat(keys).to(self.device) if keys else None
+            bounds = [(cu.to(self.device, torch.int32), max(lengths, default=0))
+                      for cu, lengths in ((P_cu, P), (S_cu, S), (cumulate(L), L))]
+            self._varlen = *bounds, keys
         return self._varlen
 
 
 def _padding(lengths, device):
-    """Gathers between packed [T] and padded [N, S]: packed.index_select(pad) and padded.flatten().index_select(unpad).
+    """Gathers between packed [T] and padded [N, S]: packed.index_select(pad) and
+    padded.flatten().index_select(unpad).
 
-    Either is None where all lengths are equal, so that a view does. Padding slots repeat token 0; nothing reads them.
+    Either is None where all lengths are equal, so that a view does. Padding slots repeat token 0;
+    nothing reads them.
     """
     if len(set(lengths)) <= 1:
         return None, None
@@ -137,7 +152,8 @@ def _unpad(x_NSHE, index):
 
 
 def grouped_attention(q_NHSE, k_NKLE, v_NKLE, scale, mask=None, causal=False):
-    """Fused attention where H/K query heads share a key head: they are folded into the query axis, nothing is repeated.
+    """Fused attention where H/K query heads share a key head: they are folded into the query axis,
+    nothing is repeated.
 
     mask: bool [N or 1, 1, S, L]; causal means "from the bottom right". Returns [N, S, H, E].
     """
@@ -146,7 +162,8 @@ def grouped_attention(q_NHSE, k_NKLE, v_NKLE, scale, mask=None, causal=False):
     group = H // K
     if causal:
         if group == 1 or q_NHSE.is_cuda:
-            out = F.scaled_dot_product_attention(q_NHSE, k_NKLE, v_NKLE, is_causal=True, scale=scale, enable_gqa=group > 1)
+            out = F.scaled_dot_product_attention(q_NHSE, k_NKLE, v_NKLE, is_causal=True,
+                                                 scale=scale, enable_gqa=group > 1)
             return out.transpose(1, 2)
         mask = torch.ones(S, L, dtype=torch.bool, device=q_NHSE.device).tril(L - S)[None, None]
     if group > 1 and mask is not None:
@@ -157,49 +174,57 @@ def grouped_attention(q_NHSE, k_NKLE, v_NKLE, scale, mask=None, causal=False):
 
 
 def tree_attention(module, query, key, value, attention_mask, scaling=None, tree=None, **unused):
-    """The attention function that transformers calls in every text layer, by the tree of the row (design, section 3).
+    """The attention function that transformers calls in every text layer, by the tree of the row
+    (design, section 3).
 
-    query [1, H, T, E], key and value [1, K, T, E] -> [1, T, H, E]. Two calls: causal over the prefixes,
-    then suffix queries over [own prefix, own suffix], causal from the bottom right.
+    query [1, H, T, E], key and value [1, K, T, E] -> [1, T, H, E]. Two calls: causal over the
+    prefixes, then suffix queries over [own prefix, own suffix], causal from the bottom right.
     """
-    assert query.shape[0] == 1 and tree is not None, "prefix_tree attention takes one packed row and its tree"
+    assert query.shape[0] == 1 and tree is not None, "one packed row and its tree"
     q, k, v = query[0], key[0], value[0]
     if tree.cache is None and tree.store is None and q.is_cuda and q.dtype != torch.float32 and \
             module.config._attn_implementation == "prefix_tree_varlen":
         return tree_attention_varlen(q, k, v, scaling, tree)[None], None
-    T_P, B, N, layer = tree.prefix_tokens, len(tree.prefix_lengths), len(tree.suffix_lengths), module.layer_idx
+    T_P, B, N = tree.prefix_tokens, len(tree.prefix_lengths), len(tree.suffix_lengths)
     parts = []
     if T_P:
         q_BHPE, k_BKPE, v_BKPE = (_pad(x[:, :T_P], B, tree.prefix_pad) for x in (q, k, v))
-        parts.append(_unpad(grouped_attention(q_BHPE, k_BKPE, v_BKPE, scaling, causal=True), tree.prefix_unpad))
+        out = grouped_attention(q_BHPE, k_BKPE, v_BKPE, scaling, causal=True)
+        parts.append(_unpad(out, tree.prefix_unpad))
     else:
-        k_BKPE, v_BKPE = tree.cache.keys[layer], tree.cache.values[layer]
+        k_BKPE, v_BKPE = (x[module.layer_idx] for x in (tree.cache.keys, tree.cache.values))
     if N:
         q_NHSE, k_NKSE, v_NKSE = (_pad(x[:, T_P:], N, tree.suffix_pad) for x in (q, k, v))
         k_NKLE = torch.cat([k_BKPE[tree.owners], k_NKSE], dim=2)
         v_NKLE = torch.cat([v_BKPE[tree.owners], v_NKSE], dim=2)
-        parts.append(_unpad(grouped_attention(q_NHSE, k_NKLE, v_NKLE, scaling, tree.mask), tree.suffix_unpad))
+        out = grouped_attention(q_NHSE, k_NKLE, v_NKLE, scaling, tree.mask)
+        parts.append(_unpad(out, tree.suffix_unpad))
     if tree.store is not None:
         tree.store.append((k_BKPE, v_BKPE) if T_P else (k_NKSE, v_NKSE))
     return torch.cat(parts)[None], None
 
 
 def tree_attention_varlen(q_HTE, k_KTE, v_KTE, scaling, tree, kernel=None):
-    """The same two calls with a variable-length kernel (flash-attn's, else torch's): no padding at all. [T, H, E]."""
+    """The same two calls with a variable-length kernel (flash-attn's, else torch's): no padding at
+    all. [T, H, E].
+    """
     kernel = kernel or varlen_kernel
     q, k, v = (x.transpose(0, 1) for x in (q_HTE, k_KTE, v_KTE))
-    cu_P, P, cu_S, S, cu_L, L, key_index = tree.varlen()
+    (cu_P, P), (cu_S, S), (cu_L, L), keys = tree.varlen()
     T_P = tree.prefix_tokens
     out = [kernel(q[:T_P], k[:T_P], v[:T_P], cu_P, cu_P, P, P, scaling)]
     if tree.suffix_lengths:
-        out.append(kernel(q[T_P:], k[key_index], v[key_index], cu_S, cu_L, S, L, scaling))
+        out.append(kernel(q[T_P:], k[keys], v[keys], cu_S, cu_L, S, L, scaling))
     return torch.cat(out)
 
 
 def varlen_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale):
-    """Causal (bottom right) variable-length attention over [T, heads, E], by flash-attn or by torch."""
+    """Causal (bottom right) variable-length attention over [T, heads, E], by flash-attn or by
+    torch.
+    """
     if flash_attn_varlen_func is not None:
-        return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=True)
+        return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale,
+                                      causal=True)
     from torch.nn.attention.varlen import varlen_attn
     return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(-1, 0),
                        enable_gqa=q.shape[1] != k.shape[1])
@@ -216,20 +241,21 @@ AttentionInterface.register("prefix_tree_varlen", tree_attention)
 def mrope(segment, start, config):
     """M-RoPE positions [3, n] of a segment that starts at `start`, and the position after it.
 
-    Text counts up on all three axes. An image or video starts after the text before it; its temporal axis counts
-    floor(t * seconds_per_grid * tokens_per_second) for Qwen2.5-VL and stands still within a placeholder run for Qwen3-VL; what follows
-    starts at the largest position so far plus one: the rule of the released checkpoints (transformers 5.3 and
-    later let text overlap a long video's temporal positions, which is not what they were trained with).
+    Text counts up on all three axes. An image or video starts after the text before it; its
+    temporal axis counts floor(t * seconds_per_grid * tokens_per_second) for Qwen2.5-VL and stands
+    still within a placeholder run for Qwen3-VL; what follows
+    starts at the largest position so far plus one: the rule of the released checkpoints
+    (transformers 5.3 and later let text overlap a long video's temporal positions, which is not
+    what they were trained with).
     """
     ids = segment.ids.tolist()
     visual = {config.image_token_id, config.video_token_id}
-    merge = config.vision_config.spatial_merge_size
-    grids = []
+    merge, grids = config.vision_config.spatial_merge_size, []
     for (t, h, w), seconds in zip(segment.grids.tolist(), segment.seconds_per_grid.tolist()):
-        size = t * h * w // merge**2
-        split = config.model_type.startswith("qwen3") and t > 1  # Qwen3-VL: one run per temporal patch
-        grids += [(1, h // merge, w // merge, 0.0)] * t if split else [(t, h // merge, w // merge, seconds)]
-        assert size == t * (h // merge) * (w // merge)
+        if config.model_type.startswith("qwen3"):  # one run of placeholders per temporal patch
+            grids += [(1, h // merge, w // merge, 0.0)] * t
+        else:
+            grids.append((t, h // merge, w // merge, seconds))
     speed = getattr(config.vision_config, "tokens_per_second", 0)
     parts, position, i = [], start, 0
     for t, h, w, seconds in grids:
@@ -254,14 +280,18 @@ def mrope(segment, start, config):
 
 @dataclass
 class Completion:
-    """What was sampled in one row: ids [C] through EOS (or cut at the limit), and their log-probs [C] in fp32."""
+    """What was sampled in one row: ids [C] through EOS (or cut at the limit), and their log-probs
+    [C] in fp32.
+    """
     ids: Tensor
     logp: Tensor
     finished: bool
 
 
 class Student(nn.Module):
-    """A vision-language model with the four operations FFR needs: prefill, sample, score (forward), save."""
+    """A vision-language model with the four operations FFR needs: prefill, sample, score (forward),
+    save.
+    """
 
     def __init__(self, model, processor, trainable=True, freeze_vision=False):
         super().__init__()
@@ -273,34 +303,39 @@ class Student(nn.Module):
         eos = model.generation_config.eos_token_id
         self.eos_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        # a sampled placeholder has no pixels, and rows past the tokenizer have no text: none may be sampled
-        banned = (special | set(range(len(tokenizer), model.config.text_config.vocab_size))) - self.eos_ids
-        self.register_buffer("banned", torch.tensor(sorted(banned), dtype=torch.long), persistent=False)
+        # a sampled placeholder has no pixels, and rows past the tokenizer have no text: none may be
+        # sampled
+        unused = set(range(len(tokenizer), model.config.text_config.vocab_size))
+        banned = torch.tensor(sorted((special | unused) - self.eos_ids), dtype=torch.long)
+        self.register_buffer("banned", banned, persistent=False)
 
     @classmethod
-    def load(cls, path, device="cpu", dtype=torch.float32, attention="auto", trainable=True, freeze_vision=False,
-             recompute=False):
-        """Load a checkpoint folder or hub name; weights in fp32 where they are trained, else in `dtype`.
+    def load(cls, path, device="cpu", dtype=torch.float32, attention="auto", trainable=True,
+             freeze_vision=False, recompute=False):
+        """Load a checkpoint folder or hub name; weights in fp32 where they are trained, else in
+        `dtype`.
 
-        attention: auto | flash | sdpa. recompute: activation checkpointing of every block in training.
+        attention: auto | flash | sdpa. recompute: activation checkpointing of every block in
+        training.
         """
         on_cuda = torch.device(device).type == "cuda"
         if attention == "flash" and not (on_cuda and flash_attn_varlen_func):
             raise ValueError("--attention flash needs a CUDA device and the flash-attn package")
         flash = on_cuda and dtype != torch.float32 and attention != "sdpa"
         vision = "flash_attention_2" if flash and flash_attn_varlen_func else "sdpa"
+        text = "prefix_tree_varlen" if flash else "prefix_tree"
         model = AutoModelForImageTextToText.from_pretrained(
-            path, dtype="auto",
-            attn_implementation={"text_config": "prefix_tree_varlen" if flash else "prefix_tree", "vision_config": vision})
+            path, dtype="auto", attn_implementation={"text_config": text, "vision_config": vision})
         if recompute:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train(trainable)
         student = cls(model, AutoProcessor.from_pretrained(path), trainable, freeze_vision)
         weights = torch.float32 if trainable else dtype
         if dist.is_initialized():
             return shard(student, torch.device(device), weights, dtype)
         if trainable and dtype != torch.float32:
-            raise ValueError("--dtype bfloat16 keeps fp32 master weights through FSDP: start train.py with torchrun")
+            raise ValueError("bfloat16 training keeps fp32 master weights through FSDP: initialise "
+                             "torch.distributed first")
         return student.to(device, weights)
 
     @property
@@ -310,7 +345,9 @@ class Student(nn.Module):
     # -- the pieces every pass shares
 
     def features(self, segments):
-        """The vision tower over all images and videos of `segments`, in order, in one call. None without any."""
+        """The vision tower over all images and videos of `segments`, in order, in one call. None
+        without any.
+        """
         pixels = [s.pixels for s in segments if s.pixels is not None]
         if not pixels:
             return None
@@ -328,12 +365,14 @@ class Student(nn.Module):
         config, extra = self.model.config, {}
         if features is not None:
             visual_T = (ids_T == config.image_token_id) | (ids_T == config.video_token_id)
-            assert int(visual_T.sum()) == len(features.embeddings), "placeholders and pixels disagree"
-            embeds_TD = embeds_TD.masked_scatter(visual_T[:, None], features.embeddings.to(embeds_TD.dtype))
+            assert int(visual_T.sum()) == len(features.embeddings), "placeholders without pixels"
+            vision = features.embeddings.to(embeds_TD.dtype)
+            embeds_TD = embeds_TD.masked_scatter(visual_T[:, None], vision)
             if features.deepstack:
-                extra = {"visual_pos_masks": visual_T[None], "deepstack_visual_embeds": features.deepstack}
-        out = text(inputs_embeds=embeds_TD[None], position_ids=positions_3T[:, None], attention_mask=None,
-                   use_cache=False, tree=tree, **extra)
+                extra = {"visual_pos_masks": visual_T[None],
+                         "deepstack_visual_embeds": features.deepstack}
+        out = text(inputs_embeds=embeds_TD[None], position_ids=positions_3T[:, None],
+                   attention_mask=None, use_cache=False, tree=tree, **extra)
         return out.last_hidden_state[0]
 
     def logits(self, hidden_TD, temperature):
@@ -341,41 +380,51 @@ class Student(nn.Module):
         return self.model.lm_head(hidden_TD).float() / (temperature or 1.0)
 
     def pack(self, segments, starts):
-        """ids [T] and positions [3, T] of segments laid end to end, each starting at its own position; also where each ends."""
-        placed = [mrope(segment, start, self.model.config) for segment, start in zip(segments, starts)]
+        """ids [T] and positions [3, T] of segments laid end to end, each starting at its own
+        position; also where each ends.
+        """
+        placed = [mrope(s, start, self.model.config) for s, start in zip(segments, starts)]
         ids_T = torch.cat([segment.ids for segment in segments]).to(self.device)
-        return ids_T, torch.cat([p for p, _ in placed], dim=1).to(self.device), [end for _, end in placed]
+        positions_3T = torch.cat([positions for positions, _ in placed], dim=1).to(self.device)
+        return ids_T, positions_3T, [end for _, end in placed]
 
     # -- scoring
 
-    def forward(self, prefixes, suffixes, owners, completions, temperature=1.0, entropy=False, features=None):
+    def forward(self, prefixes, suffixes, owners, completions, temperature=1.0, entropy=False,
+                features=None):
         """log π(completion | prefix, suffix) of every completion token, over the packed tree.
 
-        prefixes: B segments; suffixes: N segments (header, or patch and header); owners: N prefix indices;
-        completions: N id tensors [C_n]. Returns logp [sum C_n] in fp32, suffixes in order, and the entropy
-        of the same distributions (no gradient; None unless asked for). Only completion tokens get logits.
+        prefixes: B segments; suffixes: N segments (header, or patch and header); owners: N prefix
+        indices;
+        completions: N id tensors [C_n]. Returns logp [sum C_n] in fp32, suffixes in order, and the
+        entropy of the same distributions (no gradient; None unless asked for). Only completion
+        tokens get logits.
         """
         assert len(suffixes) == len(owners) == len(completions)
         config, lengths = self.model.config, [len(p.ids) for p in prefixes]
         P_ids, P_positions, ends = self.pack(prefixes, [0] * len(prefixes))
-        rows = [_extended(suffix, completion.cpu()) for suffix, completion in zip(suffixes, completions)]
+        rows = [_extended(suffix, ids.cpu()) for suffix, ids in zip(suffixes, completions)]
         S_ids, S_positions, _ = self.pack(rows, [ends[b] for b in owners])
         features = self._all_features(prefixes, suffixes, features)
         tree = Tree(lengths, [len(r.ids) for r in rows], list(owners), self.device)
-        hidden_TD = self.hidden(torch.cat([P_ids, S_ids]), torch.cat([P_positions, S_positions], dim=1), features, tree)
+        positions_3T = torch.cat([P_positions, S_positions], dim=1)
+        hidden_TD = self.hidden(torch.cat([P_ids, S_ids]), positions_3T, features, tree)
         index, start = [], sum(lengths)
         for row, completion in zip(rows, completions):
             start += len(row.ids)
-            index.append(torch.arange(start - len(completion), start) - 1)  # token t is predicted at t - 1
+            index.append(torch.arange(start - len(completion), start) - 1)  # predicted one before
         hidden_CD = hidden_TD[torch.cat(index).to(self.device)]
         targets_C = torch.cat([c.to(self.device) for c in completions])
         rows_at_once = max(1, LOGITS_AT_ONCE // config.text_config.vocab_size)
         parts = [checkpoint(self._score, h, t, temperature, entropy, use_reentrant=False)
                  for h, t in zip(hidden_CD.split(rows_at_once), targets_C.split(rows_at_once))]
-        return torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts]) if entropy else None
+        logp_C = torch.cat([logp for logp, _ in parts])
+        return logp_C, torch.cat([entropy_C for _, entropy_C in parts]) if entropy else None
 
     def _all_features(self, prefixes, suffixes, features):
-        """Features of prefixes and suffixes in packed order; the prefixes' are reused where the caller has them."""
+        """Features of prefixes and suffixes in packed order; the prefixes' are reused where the
+        caller has them.
+        """
         if features is None:
             return self.features([*prefixes, *suffixes])
         more = self.features(suffixes)
@@ -391,13 +440,16 @@ class Student(nn.Module):
         if not entropy:
             return logp_C, None
         with torch.no_grad():
-            return logp_C, normaliser_C - ((logits_CV - normaliser_C[:, None]).exp() * logits_CV).sum(-1)
+            p_CV = (logits_CV - normaliser_C[:, None]).exp()
+            return logp_C, normaliser_C - (p_CV * logits_CV).sum(-1)
 
     # -- sampling
 
     @torch.no_grad()
     def prefill(self, prefixes):
-        """Run the prefixes once and keep their keys and values, for all tries and repairs of the step."""
+        """Run the prefixes once and keep their keys and values, for all tries and repairs of the
+        step.
+        """
         ids_T, positions_3T, ends = self.pack(prefixes, [0] * len(prefixes))
         lengths, features = [len(p.ids) for p in prefixes], self.features(prefixes)
         tree = Tree(lengths, [], [], self.device, store=[])
@@ -406,16 +458,18 @@ class Student(nn.Module):
         return Cache(lengths, ends, keys, values, features if self.freeze_vision else None)
 
     @torch.no_grad()
-    def sample(self, cache, suffixes, owners, uniforms, max_completion, temperature=1.0, top_p=1.0, done=None):
+    def sample(self, cache, suffixes, owners, uniforms, max_completion, temperature=1.0, top_p=1.0,
+               done=None):
         """Sample one completion per suffix, all rows together, from the prefixes in `cache`.
 
-        suffixes: N segments; owners: N indices into the cache's prefixes; uniforms: [N, max_completion] in [0, 1), row n's
-        randomness, so that a row's text depends on nothing but its own prompt and numbers. temperature 0 is greedy.
-        Returns N Completions. done(n, completion) is called for each row as soon as it is known to have ended.
+        suffixes: N segments; owners: N indices into the cache's prefixes; uniforms: [N,
+        max_completion] in [0, 1), row n's randomness, so that a row's text depends on nothing but
+        its own prompt and numbers. temperature 0 is greedy. Returns N Completions. done(n,
+        completion) is called for each row as soon as it is known to have ended.
         """
         N, device = len(suffixes), self.device
         ids_T, positions_3T, ends = self.pack(suffixes, [cache.next_position[b] for b in owners])
-        tree = Tree(cache.lengths, [len(s.ids) for s in suffixes], list(owners), device, cache=cache, store=[])
+        tree = Tree(cache.lengths, [len(s.ids) for s in suffixes], list(owners), device, cache, [])
         hidden_TD = self.hidden(ids_T, positions_3T, self.features(suffixes), tree)
         last = torch.tensor(tree.suffix_lengths, device=device).cumsum(0) - 1
         hidden_ND = hidden_TD[last]
@@ -427,7 +481,7 @@ class Student(nn.Module):
         ids_NC = torch.full((N, max_completion), int(eos[0]), device=device)
         logp_NC = torch.zeros(N, max_completion, device=device)
         completions = [None] * N
-        check_every = 16 if device.type == "cuda" else 1  # asking whether all have ended waits for the device
+        check_every = 16 if device.type == "cuda" else 1  # asking who has ended is a sync
         for t in range(max_completion):
             token_n, logp_n = self._draw(hidden_ND, uniforms_NC[live_N, t], temperature, top_p)
             ids_NC[live_N, t], logp_NC[live_N, t] = token_n, logp_n
@@ -448,7 +502,8 @@ class Student(nn.Module):
         return completions
 
     def _draw(self, hidden_ND, uniform_N, temperature, top_p):
-        """One token per row: inverse of the cumulative distribution at `uniform`, over the top-p set without banned ids.
+        """One token per row: inverse of the cumulative distribution at `uniform`, over the top-p
+        set without banned ids.
 
         The log-prob is the untruncated one, the same that scoring computes (design, decision 12).
         """
@@ -460,10 +515,10 @@ class Student(nn.Module):
         else:
             p_NV, order_NV = allowed_NV.softmax(-1).sort(dim=-1, descending=True)
             mass_NV = p_NV.cumsum(-1)
-            inside_N = (mass_NV - p_NV < top_p).sum(-1, keepdim=True)  # the first token is always inside
+            inside_N = (mass_NV - p_NV < top_p).sum(-1, keepdim=True)  # the first is always inside
             total_N = mass_NV.gather(-1, inside_N - 1)
-            rank_N = torch.searchsorted(mass_NV, uniform_N[:, None] * total_N, right=True).clamp(max=inside_N - 1)
-            token_N = order_NV.gather(-1, rank_N)[:, 0]
+            rank_N = torch.searchsorted(mass_NV, uniform_N[:, None] * total_N, right=True)
+            token_N = order_NV.gather(-1, rank_N.clamp(max=inside_N - 1))[:, 0]
         return token_N, logits_NV.gather(-1, token_N[:, None])[:, 0] - normaliser_N
 
     def _completion(self, ids_C, logp_C):
@@ -475,7 +530,9 @@ class Student(nn.Module):
 
     @contextmanager
     def gathered(self):
-        """Under FSDP: all parameters whole on this rank, so that ranks sample without meeting; then given back."""
+        """Under FSDP: all parameters whole on this rank, so that ranks sample without meeting; then
+        given back.
+        """
         parts = [m for m in self.modules() if isinstance(m, FSDPModule)]
         if parts:
             self.set_reshard_after_forward(False)
@@ -490,9 +547,11 @@ class Student(nn.Module):
                 self.set_reshard_after_forward(True)
 
     def save(self, folder, dtype=None):
-        """Write a Hugging Face checkpoint (weights, config, tokenizer, processor); every rank must call it."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(self.model, options=options) if dist.is_initialized() else self.model.state_dict()
+        """Write a Hugging Face checkpoint (weights, config, tokenizer, processor); every rank must
+        call it.
+        """
+        state = get_model_state_dict(
+            self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if not dist.is_initialized() or dist.get_rank() == 0:
             state = {name: weight.to(dtype or weight.dtype) for name, weight in state.items()}
             self.model.save_pretrained(folder, state_dict=state)
@@ -501,12 +560,16 @@ class Student(nn.Module):
 
 def _extended(segment, ids):
     """The segment with text ids appended."""
-    return type(segment)(torch.cat([segment.ids, ids]), segment.pixels, segment.grids, segment.seconds_per_grid)
+    return type(segment)(torch.cat([segment.ids, ids]), segment.pixels, segment.grids,
+                         segment.seconds_per_grid)
 
 
 def shard(student, device, weights, compute):
-    """FSDP: each block its own unit, the rest (embeddings, norms, merger, head) the root; fp32 reduction."""
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    """FSDP: each block its own unit, the rest (embeddings, norms, merger, head) the root; fp32
+    reduction.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32,
+                                  cast_forward_inputs=False)
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     inner = student.model.model
     for block in [*inner.visual.blocks, *inner.language_model.layers]:
@@ -523,10 +586,12 @@ def shard(student, device, weights, compute):
 
 
 class DecodeRows:
-    """The growing key-value cache of N rows and the one-token forward through the layers' own weights.
+    """The growing key-value cache of N rows and the one-token forward through the layers' own
+    weights.
 
-    A row's slots are [prefix and suffix, padded to the longest | completion]: completions of all rows stand in the same
-    slots, so a step writes one slice, and a fixed mask hides the padding between.
+    A row's slots are [prefix and suffix, padded to the longest | completion]: completions of all
+    rows stand in the same slots, so a step writes one slice, and a fixed mask hides the padding
+    between.
     """
 
     def __init__(self, model, cache, tree, ends, max_completion):
@@ -543,15 +608,15 @@ class DecodeRows:
         source = source_NL[:, None, :, None].expand(-1, cache.keys[0].shape[1], -1, self.head_dim)
         self.keys, self.values = [], []
         for layer, pair in enumerate(zip(cache.keys, cache.values)):
-            for kept, prefix_BKPE, suffix_NKSE in zip((self.keys, self.values), pair, tree.store[layer]):
-                whole = torch.cat([prefix_BKPE[tree.owners], suffix_NKSE], dim=2)
+            for kept, prefix, suffix in zip((self.keys, self.values), pair, tree.store[layer]):
+                whole = torch.cat([prefix[tree.owners], suffix], dim=2)
                 room = whole.new_empty(N, whole.shape[1], self.base + max_completion, self.head_dim)
                 room[:, :, :self.base] = whole.gather(2, source)
                 kept.append(room)
         self.mask = None
         if len(set(lengths)) > 1:
-            self.mask = torch.ones(N, 1, 1, self.base + max_completion, dtype=torch.bool, device=device)
-            self.mask[:, 0, 0, :self.base] = slots < total_N
+            room = torch.ones(N, max_completion, dtype=torch.bool, device=device)
+            self.mask = torch.cat([slots < total_N, room], dim=1)[:, None, None]
         self.position_N = torch.tensor(ends, device=device)
         self.layers = [_weights(layer) for layer in self.text.layers]
 
@@ -576,8 +641,9 @@ class DecodeRows:
             q_NHE, k_NKE = _rotate(q_NHE, cos_N1E, sin_N1E), _rotate(k_NKE, cos_N1E, sin_N1E)
             keys, values = self.keys[layer], self.values[layer]
             keys[:, :, slot], values[:, :, slot] = k_NKE, v_NKE
-            q = q_NHE.unflatten(1, (keys.shape[1], -1))  # query heads of a group become query positions
-            y = F.scaled_dot_product_attention(q, keys[:, :, :slot + 1], values[:, :, :slot + 1], attn_mask=mask)
+            q = q_NHE.unflatten(1, (keys.shape[1], -1))  # heads of a group become query positions
+            y = F.scaled_dot_product_attention(q, keys[:, :, :slot + 1], values[:, :, :slot + 1],
+                                               attn_mask=mask)
             x_ND = x_ND + out(y.flatten(1))
             x_ND = x_ND + mlp(norm2(x_ND))
         return text.norm(x_ND)
@@ -586,8 +652,8 @@ class DecodeRows:
 def _weights(layer):
     attention = layer.self_attn
     return (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj),
-            getattr(attention, "q_norm", None), getattr(attention, "k_norm", None), attention.o_proj,
-            layer.post_attention_layernorm, layer.mlp)
+            getattr(attention, "q_norm", None), getattr(attention, "k_norm", None),
+            attention.o_proj, layer.post_attention_layernorm, layer.mlp)
 
 
 def _rotate(x_NHE, cos, sin):

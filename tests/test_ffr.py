@@ -1,4 +1,6 @@
-"""The algorithm: each test names the mistake it would catch and works the right value out by itself."""
+"""The algorithm: each test names the mistake it would catch and works the right value out by
+itself.
+"""
 
 import math
 from concurrent.futures import Future
@@ -12,7 +14,7 @@ from model import Completion
 from tiny import text, tiny_student, video
 
 RIGHT, WRONG, EOS = 1, 2, 9  # a completion of these ids ends in a right or a wrong answer
-HEADER, LIMITS = text(2), (8, 1.0, 0.95, 0.5)
+HEADER, LIMITS = text(2), ffr.Sampling(8, 1.0, 0.95, 0.5)
 
 
 class Script:
@@ -41,7 +43,7 @@ def score(sample, words):
 
 def answered(patch):
     future = Future()
-    future.set_result(patch)
+    future.set_result(SimpleNamespace(patch=patch))
     return future
 
 
@@ -56,9 +58,9 @@ def one_group(first, repairs, diagnose=lambda sample, words: answered(PATCH), ka
     """A group that went through find, fix, reason and credit with scripted completions."""
     student = Script(first, repairs)
     groups = [ffr.Group(SimpleNamespace(id="a"), video("qwen2_5_vl", 2, 4, 4, 3))]
-    ffr.find(student, None, groups, HEADER, score, diagnose, "0/0", len(first), *LIMITS)
+    ffr.find(student, None, groups, HEADER, score, diagnose, "0/0", len(first), LIMITS)
     ffr.fix(groups)
-    ffr.reason(student, None, groups, write, score, lambda words, patch: 1.0, "0/0", *LIMITS)
+    ffr.reason(student, None, groups, write, score, lambda words, patch: 1.0, "0/0", LIMITS)
     ffr.credit(groups, kappa, **options)
     return groups, student
 
@@ -68,7 +70,9 @@ REPAIRS = [[RIGHT, 5, EOS], [WRONG, 6, 6, EOS]]
 
 
 def test_only_failed_tries_are_diagnosed_and_repaired():
-    """Catches: patches for right answers, a repair put into another slot, a repair from another prompt's prefix."""
+    """Catches: patches for right answers, a repair put into another slot, a repair from another
+    prompt's prefix.
+    """
     asked = []
     groups, student = one_group(FIRST, REPAIRS, lambda sample, words: asked.append(words) or answered(PATCH))
     assert asked == ["2 2 9", "2 9"]
@@ -80,13 +84,17 @@ def test_only_failed_tries_are_diagnosed_and_repaired():
 
 
 def test_reward_takes_the_repair_minus_kappa_and_never_taxes_a_first_try():
-    """Catches: κ on a first try, κ forgotten, max of both tries (strict repair has none), format left out (Eq. 8)."""
+    """Catches: κ on a first try, κ forgotten, max of both tries (strict repair has none), format
+    left out (Eq. 8).
+    """
     groups, _ = one_group(FIRST, REPAIRS, kappa=0.3)
     assert [slot.reward for slot in groups[0].slots] == pytest.approx([2.0, 1.7, 0.7, 2.0])
 
 
 def test_without_a_patch_the_first_try_stands_untaxed():
-    """Catches: κ charged, or the slot dropped, when the teacher could not be reached (decision 3)."""
+    """Catches: κ charged, or the slot dropped, when the teacher could not be reached (decision
+    3).
+    """
     groups, student = one_group(FIRST, [], lambda sample, words: answered(None))
     assert [slot.reward for slot in groups[0].slots] == [2.0, 1.0, 1.0, 2.0]
     assert all(slot.chosen is slot.first for slot in groups[0].slots) and len(student.asked) == 1
@@ -99,7 +107,9 @@ def test_grpo_is_the_step_without_a_teacher():
 
 
 def test_advantages_use_the_unbiased_deviation_of_the_group():
-    """Catches: division by G, mean over the wrong axis, δ forgotten (Eq. 9). Worked out by hand for 2, 1.7, 0.7, 2."""
+    """Catches: division by G, mean over the wrong axis, δ forgotten (Eq. 9). Worked out by hand for
+    2, 1.7, 0.7, 2.
+    """
     groups, _ = one_group(FIRST, REPAIRS)
     mean = (2 + 1.7 + 0.7 + 2) / 4
     std = math.sqrt(((2 - mean) ** 2 * 2 + (1.7 - mean) ** 2 + (0.7 - mean) ** 2) / 3)
@@ -119,7 +129,9 @@ def test_an_all_equal_group_has_exactly_zero_gradient():
 
 
 def test_the_chosen_rollout_carries_the_loss():
-    """Catches: the repaired reward on the failed tokens (the release), a patch or prompt token in the loss, EOS left out."""
+    """Catches: the repaired reward on the failed tokens (the release), a patch or prompt token in
+    the loss, EOS left out.
+    """
     groups, _ = one_group(FIRST, REPAIRS)
     batch, = ffr.micro_batches(groups, 10**6, ffr.token_weights("token", 12, 4))
     assert [c.tolist() for c in batch.completions] == [[RIGHT, EOS], [RIGHT, 5, EOS], [WRONG, 6, 6, EOS], [RIGHT, RIGHT, EOS]]
@@ -150,7 +162,9 @@ def test_alignment_weight_rewards_repairs_only():
 
 
 def test_clip_binds_on_the_right_side_only():
-    """Catches: max for min, ε on the wrong side, a clip that also stops corrective updates (Eq. 11)."""
+    """Catches: max for min, ε on the wrong side, a clip that also stops corrective updates (Eq.
+    11).
+    """
     ratios = torch.tensor([1.5, 0.5, 1.5, 0.5])
     advantage = torch.tensor([1.0, 1.0, -1.0, -1.0])
     batch = SimpleNamespace(old_logp_T=torch.zeros(4), advantage_T=advantage, weight_T=torch.full((4,), 0.25), ref_logp_T=None)
@@ -163,7 +177,9 @@ def test_clip_binds_on_the_right_side_only():
 
 
 def test_kl_is_k3_with_its_gradient_and_clamped():
-    """Catches: the KL's sign or direction swapped, β on the wrong term, overflow on a stray token."""
+    """Catches: the KL's sign or direction swapped, β on the wrong term, overflow on a stray
+    token.
+    """
     logp = torch.tensor([-1.0, -2.0, -50.0]).requires_grad_()
     ref = torch.tensor([-1.5, -1.0, -1.0])
     zero = torch.zeros(3)
@@ -176,15 +192,17 @@ def test_kl_is_k3_with_its_gradient_and_clamped():
 
 
 def test_observation_of_the_ratio_is_the_repairs_own():
-    """Catches: repaired tokens scored under x instead of (x, c): then the ratio is not 1 before the first update (Eq. 10)."""
+    """Catches: repaired tokens scored under x instead of (x, c): then the ratio is not 1 before the
+    first update (Eq. 10).
+    """
     student = tiny_student("qwen2_5_vl")
     student.text = lambda ids: " ".join(map(str, ids.tolist()))
     groups = [ffr.Group(SimpleNamespace(id=i), video("qwen2_5_vl", 2, 4, 4, 3)) for i in "ab"]
     cache = student.prefill([group.prefix for group in groups])
     fail = lambda sample, words: (0.0, 0.0, True)
-    ffr.find(student, cache, groups, HEADER, fail, lambda s, w: answered(PATCH), "0/0", 3, *LIMITS)
+    ffr.find(student, cache, groups, HEADER, fail, lambda s, w: answered(PATCH), "0/0", 3, LIMITS)
     ffr.fix(groups)
-    ffr.reason(student, cache, groups, write, fail, lambda w, p: 0.0, "0/0", *LIMITS)
+    ffr.reason(student, cache, groups, write, fail, lambda w, p: 0.0, "0/0", LIMITS)
     ffr.credit(groups, 0.3)
     batch, = ffr.micro_batches(groups, 10**6, ffr.token_weights("token", 1, 1))
     logp, _ = student(batch.prefixes, batch.suffixes, batch.owners, batch.completions)
@@ -195,7 +213,9 @@ def test_observation_of_the_ratio_is_the_repairs_own():
 
 @pytest.mark.parametrize("loss_norm", ("token", "sequence"))
 def test_micro_batches_add_up_to_the_whole(loss_norm):
-    """Catches: a mean per micro-batch (or rank) instead of over the whole step; a group split without its prefix."""
+    """Catches: a mean per micro-batch (or rank) instead of over the whole step; a group split
+    without its prefix.
+    """
     student = tiny_student("qwen2_5_vl")
     groups = one_group(FIRST, REPAIRS)[0] + one_group(FIRST[::-1], REPAIRS)[0]
     slots = [slot for group in groups for slot in group.slots]
@@ -219,7 +239,9 @@ def test_micro_batches_add_up_to_the_whole(loss_norm):
 
 
 def test_noise_depends_on_its_key_only():
-    """Catches: rollouts that change with the number of processes or after a resume; the same numbers for two prompts."""
+    """Catches: rollouts that change with the number of processes or after a resume; the same
+    numbers for two prompts.
+    """
     torch.manual_seed(1)
     a = ffr.noise("0/3/x/find", 2, 5)
     torch.manual_seed(2)

@@ -9,7 +9,9 @@ from tiny import EOS, FAMILIES, IMAGE, VIDEO, image, plain_positions, separate_l
 
 
 def forest(family):
-    """Three prompts (two videos of different sizes, one image), seven rollouts: headers, text patches, an image patch."""
+    """Three prompts (two videos of different sizes, one image), seven rollouts: headers, text
+    patches, an image patch.
+    """
     prefixes = [video(family, 4, 4, 4, 11), video(family, 6, 4, 8, 7), image(8, 4, 9)]
     suffixes = [text(3), text(3), text(12, 1), image(4, 4, 5), text(3), text(9, 2), text(3)]
     return prefixes, suffixes, [0, 0, 0, 0, 1, 1, 2]
@@ -23,7 +25,9 @@ def separate_logp(student, prefixes, suffixes, owners, completions):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tree_equals_separate_rows(family):
-    """Catches: a suffix that sees another suffix, a shift by one, wrong positions after a video or a patch image."""
+    """Catches: a suffix that sees another suffix, a shift by one, wrong positions after a video or
+    a patch image.
+    """
     student = tiny_student(family)
     prefixes, suffixes, owners = forest(family)
     completions = [words(n, n) for n in (5, 9, 7, 6, 4, 8, 3)]
@@ -54,7 +58,9 @@ def test_several_prompts_equal_one_at_a_time(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_greedy_equals_plain_greedy(family):
-    """Catches: a cache slot off by one, a wrong position while decoding, padding that is attended to, dropped rows mixed up."""
+    """Catches: a cache slot off by one, a wrong position while decoding, padding that is attended
+    to, dropped rows mixed up.
+    """
     student = tiny_student(family)
     prefixes, suffixes, owners = forest(family)
     with torch.no_grad():
@@ -73,7 +79,9 @@ def test_cached_greedy_equals_plain_greedy(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logp_while_sampling_equals_logp_while_scoring(family):
-    """Catches: a ratio that is not 1 before any update; log-probs taken after top-p or under another temperature."""
+    """Catches: a ratio that is not 1 before any update; log-probs taken after top-p or under
+    another temperature.
+    """
     student = tiny_student(family)
     prefixes, suffixes, owners = forest(family)
     cache = student.prefill(prefixes)
@@ -84,7 +92,9 @@ def test_logp_while_sampling_equals_logp_while_scoring(family):
 
 
 def test_a_row_depends_on_its_own_numbers_only():
-    """Catches: rollouts that change with the batch they are sampled in, which no resume or other world size could repeat."""
+    """Catches: rollouts that change with the batch they are sampled in, which no resume or other
+    world size could repeat.
+    """
     student = tiny_student("qwen2_5_vl")
     prefixes, suffixes, owners = forest("qwen2_5_vl")
     uniforms = torch.rand(7, 16, generator=torch.Generator().manual_seed(2))
@@ -95,7 +105,9 @@ def test_a_row_depends_on_its_own_numbers_only():
 
 
 def test_done_is_called_once_per_row_with_its_completion():
-    """Catches: a failed try that never reaches the teacher, or reaches it twice, or with another row's text."""
+    """Catches: a failed try that never reaches the teacher, or reaches it twice, or with another
+    row's text.
+    """
     student, calls = tiny_student("qwen2_5_vl"), {}
     prefixes, suffixes, owners = forest("qwen2_5_vl")
 
@@ -109,7 +121,9 @@ def test_done_is_called_once_per_row_with_its_completion():
 
 
 def test_forbidden_tokens_are_never_sampled_and_eos_ends_a_row():
-    """Catches: a sampled image placeholder (the forward would want pixels), an EOS cut off or followed by more tokens."""
+    """Catches: a sampled image placeholder (the forward would want pixels), an EOS cut off or
+    followed by more tokens.
+    """
     student = tiny_student("qwen2_5_vl")
     with torch.no_grad():
         student.model.lm_head.weight[[IMAGE, VIDEO, 198, 199]] *= 30  # make them likely
@@ -123,7 +137,9 @@ def test_forbidden_tokens_are_never_sampled_and_eos_ends_a_row():
 
 
 def test_top_p_and_temperature_follow_the_distribution():
-    """Catches: a nucleus one token too small or too large, temperature applied after truncation, a biased draw."""
+    """Catches: a nucleus one token too small or too large, temperature applied after truncation, a
+    biased draw.
+    """
     student = tiny_student("qwen2_5_vl")
     hidden = torch.randn(1, 64, generator=torch.Generator().manual_seed(3)) * 2
     allowed = student.logits(hidden, 0.7)[0].index_fill(0, student.banned, -torch.inf).softmax(-1)
@@ -183,7 +199,9 @@ def test_a_frozen_tower_is_run_once_and_gets_no_gradient():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_positions_follow_the_released_rule(family):
-    """Catches: text after a long video that overlaps its temporal positions, a suffix that starts from its token count."""
+    """Catches: text after a long video that overlaps its temporal positions, a suffix that starts
+    from its token count.
+    """
     config = tiny_student(family).model.config
     prefix, suffix = video(family, 8, 4, 4, 6, seconds=2.3), image(4, 8, 3)
     first, end = mrope(prefix, 0, config)
@@ -195,7 +213,9 @@ def test_positions_follow_the_released_rule(family):
 
 
 def test_positions_equal_transformers_where_it_keeps_the_rule():
-    """Catches: swapped height and width, a wrong start. For images transformers' own index agrees with the released rule."""
+    """Catches: swapped height and width, a wrong start. For images transformers' own index agrees
+    with the released rule.
+    """
     student, segment = tiny_student("qwen2_5_vl"), image(8, 4, 9)
     types = (segment.ids == IMAGE).int()[None]
     theirs, _ = student.model.model.get_rope_index(segment.ids[None], types, image_grid_thw=segment.grids)

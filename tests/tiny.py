@@ -1,4 +1,6 @@
-"""Tiny random students of both families and segments for them, made on the spot; shared by the tests."""
+"""Tiny random students of both families and segments for them, made on the spot; shared by the
+tests.
+"""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -21,7 +23,9 @@ class Segment:
 
 
 class Tokenizer:
-    """The three things a Student asks of a tokenizer; ids 198 and 199 exist in the embedding only."""
+    """The three things a Student asks of a tokenizer; ids 198 and 199 exist in the embedding
+    only.
+    """
     eos_token_id = EOS
     added_tokens_decoder = {i: SimpleNamespace(special=True) for i in range(IMAGE, 196)}
 
@@ -110,7 +114,9 @@ def separate_logits(student, prefix, suffix, completion):
 
 
 def plain_positions(ids, grids, seconds, config):
-    """M-RoPE of a whole row, token by token: the released checkpoints' rule, written apart from the code under test."""
+    """M-RoPE of a whole row, token by token: the released checkpoints' rule, written apart from the
+    code under test.
+    """
     merge, qwen3 = config.vision_config.spatial_merge_size, config.model_type == "qwen3_vl"
     rate = getattr(config.vision_config, "tokens_per_second", 0)
     cells = []
