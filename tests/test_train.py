@@ -1,0 +1,258 @@
+"""train.py as people run it: real processes, real kills, real files; small numbers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import data
+import ffr
+import toy
+import train
+from conftest import make_video
+from model import Student
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMINGS = ("seconds", "tokens_per_second", "peak_memory_gb")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A small toy world and a student that has just learned the answer format, warmed up by the
+    real command.
+    """
+    folder = tmp_path_factory.mktemp("toy")
+    toy.make(folder, train=24, heldout=6, warm=80)
+    finish(start(folder, "--method", "sft", "--model", "model", "--data", "warm.json", "--steps", 60, "--batch_prompts", 16,
+                 "--lr", 3e-3, "--output", "warm"))
+    return folder
+
+
+def start(folder, *flags, processes=1):
+    """train.py in `folder` on its own data, as a process; flags given later win."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] \
+        if processes > 1 else [sys.executable]
+    common = ["--model", "warm/checkpoints/step-000060", "--data", "train.json", "--video_root", "videos", "--template",
+              "template.txt", "--max_pixels", 56 * 56, "--max_completion", 40, "--decode_workers", 1, "--lr", 1e-4]
+    command = launch + [str(ROOT / "train.py"), *map(str, common), *map(str, flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process, code=0):
+    """The output of a process that must end with `code`."""
+    output = process.communicate(timeout=280)[0]
+    assert process.returncode == code, output
+    return output
+
+
+def after_step(process, step):
+    """Block until the progress bar shows that `step` steps are done."""
+    seen = ""
+    while f" {step}/" not in seen:
+        character = process.stdout.read(1)
+        assert character, seen
+        seen += character
+    return process
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def untimed(path):
+    return [{name: value for name, value in row.items() if name not in TIMINGS} for row in lines(path)]
+
+
+def test_a_killed_run_resumes_to_the_same_metrics(world):
+    """Catches: optimizer, schedule, data position or randomness lost by --resume; lines of repeated
+    steps kept twice.
+    """
+    flags = ("--steps", 5, "--save_every", 2, "--batch_prompts", 2)
+    finish(start(world, *flags, "--output", "straight"))
+    killed = after_step(start(world, *flags, "--output", "killed"), 3)
+    killed.send_signal(signal.SIGKILL)
+    finish(killed, -signal.SIGKILL)
+    assert [p.name for p in (world / "killed/checkpoints").glob("step-??????")] == ["step-000002"]
+    with open(world / "killed/metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "torn')
+    finish(start(world, *flags, "--output", "killed", "--resume"))
+    assert untimed(world / "killed/metrics.jsonl") == untimed(world / "straight/metrics.jsonl")
+    assert [row["step"] for row in lines(world / "killed/metrics.jsonl")] == list(range(5))
+    assert untimed(world / "killed/patches.jsonl") == untimed(world / "straight/patches.jsonl")
+    assert any(row["grad_norm"] > 0 for row in lines(world / "straight/metrics.jsonl")), "the test wants steps that learn"
+
+
+def test_two_processes_equal_one_and_need_not_fail_alike(world):
+    """Catches: a mean per rank, gradients averaged twice, a deadlock when one rank only has
+    something to repair.
+    """
+    rows = json.loads((world / "train.json").read_text())
+    for i, row in enumerate(rows):  # half of the samples have no evidence: no patch, no repair
+        row["evidence"] = row["evidence"] if i % 2 else []
+    (world / "half.json").write_text(json.dumps(rows))
+    flags = ("--data", "half.json", "--steps", 5, "--beta", 0.04, "--save_every", 100)
+    finish(start(world, *flags, "--output", "one", "--batch_prompts", 4))
+    finish(start(world, *flags, "--output", "two", "--batch_prompts", 2, processes=2))
+    one, two = lines(world / "one/metrics.jsonl"), lines(world / "two/metrics.jsonl")
+    assert len(two) == 5 and one[0]["grad_norm"] > 0
+    for name in ("loss", "grad_norm", "entropy", "reward", "accuracy"):
+        assert two[0][name] == pytest.approx(one[0][name], abs=1e-4), name
+    order = [(row["sample"], row["slot"], row["status"]) for row in lines(world / "two/patches.jsonl") if row["step"] == 0]
+    assert sorted(order) == sorted((row["sample"], row["slot"], row["status"])
+                                   for row in lines(world / "one/patches.jsonl") if row["step"] == 0)
+    finish(start(world, *flags, "--output", "alone", "--data", "pair.json", "--batch_prompts", 1, processes=2)
+           if (world / "pair.json").write_text(json.dumps([rows[0], rows[1]])) else None)
+    per_step = {step: {row["sample"] for row in lines(world / "alone/patches.jsonl")
+                       if row["step"] == step and row["status"] == "patched"} for step in range(5)}
+    assert any(per_step.values()) and all(samples <= {rows[1]["problem_id"]} for samples in per_step.values())
+
+
+def test_sigterm_saves_and_stops(world):
+    """Catches: a run that a scheduler's SIGTERM kills with an hour of work unsaved."""
+    process = after_step(start(world, "--steps", 50, "--save_every", 1000, "--output", "terminated"), 1)
+    process.send_signal(signal.SIGTERM)
+    output = finish(process)
+    done = len(lines(world / "terminated/metrics.jsonl"))
+    assert 1 <= done < 50 and f"stopped after step {done}, saved" in output
+    assert train.newest_checkpoint(world / "terminated").name == f"step-{done:06d}"
+
+
+def test_bad_files_cost_their_samples_only(world, tmp_path):
+    """Catches: one bad file that stops a run, is trained on as something else, or vanishes without
+    a trace.
+    """
+    good = make_video(tmp_path / "good.mp4", 24, (56, 56))
+    make_video(tmp_path / "short.mp4", 3, (56, 56))
+    (tmp_path / "cut.mp4").write_bytes(Path(good).read_bytes()[:300])
+    (tmp_path / "empty.mp4").touch()
+    from PIL import Image
+    Image.new("RGB", (60, 50), "red").save(tmp_path / "picture.png")
+    kinds = {"good.mp4": ("multiple choice", "B", ["A. red", "B. blue"]), "short.mp4": ("numerical", "3", None),
+             "picture.png": ("OCR", "exit", None), "cut.mp4": ("free-form", "a dog", None),
+             "empty.mp4": ("regression", "2.5", None), "gone.mp4": ("numerical", "1", None)}
+    rows = [{"problem_id": path, "problem": "What is shown?", "data_type": "image" if path.endswith("png") else "video",
+             "problem_type": kind, "options": options, "solution": f"<answer>{answer}</answer>", "path": "./" + path,
+             "data_source": "mine", "evidence": [{"start": 0.5, "end": 1.0}]} for path, (kind, answer, options) in kinds.items()]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    output = finish(start(world, "--data", tmp_path / "rows.json", "--video_root", tmp_path, "--output", tmp_path / "run",
+                          "--epochs", 2, "--batch_prompts", 5, "--rollouts", 2))
+    bad = lines(tmp_path / "run/bad_samples.jsonl")
+    assert "gone.mp4" in output and {row["id"] for row in bad} == {"gone.mp4", "cut.mp4", "empty.mp4"}
+    metrics = lines(tmp_path / "run/metrics.jsonl")
+    assert [row["bad_samples"] for row in metrics] == [2, 4] and all(row["reason"] for row in bad)
+    asked = {row["sample"] for row in lines(tmp_path / "run/patches.jsonl")}
+    assert asked <= {"good.mp4", "short.mp4", "picture.png"} and len(asked) == 3
+
+
+def test_a_saved_checkpoint_is_the_student(world):
+    """Catches: weights saved under names or types that from_pretrained silently drops or rounds."""
+    folder = world / "warm/checkpoints/step-000060"
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    student = Student.load(str(folder))
+    ids = processor.tokenizer("Think: in which corner is the cross?", return_tensors="pt").input_ids[0]
+    piece = lambda ids: data.Segment(ids, None, torch.zeros(0, 3, dtype=torch.long), torch.zeros(0))
+    with torch.no_grad():
+        logp, _ = student([piece(ids[:3])], [piece(ids[3:5])], [0], [ids[5:]])
+        theirs = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+    assert len(logp) > 3 and (logp - theirs[4:-1].gather(-1, ids[5:, None])[:, 0]).abs().max() < 1e-5
+    assert student.eos_ids == {processor.tokenizer.eos_token_id}
+
+
+def config_of(world, output, **changes):
+    return train.Config(**{**dict(
+        model=str(world / "warm/checkpoints/step-000060"), data=str(world / "train.json"), video_root=str(world / "videos"),
+        template=str(world / "template.txt"), output=str(output), max_pixels=56 * 56, max_completion=40, decode_workers=0,
+        steps=2, rollouts=4, lr=1e-4), **changes})
+
+
+def run(config):
+    train.train(config, torch.device("cpu"), torch.float32)
+    return lines(Path(config.output) / "metrics.jsonl")
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_samples(world, tmp_path, monkeypatch):
+    """Catches: a run that goes on with NaN weights."""
+    monkeypatch.setattr(ffr, "loss", lambda logp, batch, *rest: (logp.sum() * float("nan"), {}))
+    with pytest.raises(FloatingPointError, match=r"samples: train-\d+"):
+        run(config_of(world, tmp_path / "run"))
+    saved = AutoModelForImageTextToText.from_pretrained(train.newest_checkpoint(tmp_path / "run"))
+    assert all(p.isfinite().all() for p in saved.parameters())
+
+
+def test_reference_and_policy_score_under_the_same_observation(world, tmp_path, monkeypatch):
+    """Catches: a KL between π_θ under (x, c) and π_ref under x: before the first update it must be
+    zero.
+    """
+    rows = run(config_of(world, tmp_path / "run", beta=0.1, steps=1))
+    assert rows[0]["intervention_ratio"] > 0 and abs(rows[0]["kl"]) < 1e-9
+    assert rows[0]["logp_mismatch"] < 1e-5 and rows[0]["clip_fraction"] == 0
+
+
+def test_metrics_hold_what_the_design_promises(world, tmp_path):
+    """Catches: a figure that is missing, phases that do not add up to the step, counts that
+    contradict each other.
+    """
+    rows = run(config_of(world, tmp_path / "run", evidence="frames", updates_per_batch=2, eval_data=str(world / "heldout.json")))
+    promised = set("step reward accuracy format intervention_ratio repair_rate repair_rate_by_error error_types chosen_accuracy "
+                   "alignment advantage_zero_fraction kl entropy clip_fraction completion_length grad_norm lr seconds "
+                   "tokens_per_second peak_memory_gb teacher".split())
+    for row in rows:
+        assert promised <= row.keys()
+        seconds = row["seconds"]
+        assert sum(v for name, v in seconds.items() if name != "step") == pytest.approx(seconds["step"], abs=1e-6)
+        assert sum(row["error_types"].values()) == row["teacher"]["calls"] == round(row["intervention_ratio"] * 4)
+    files = {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"config.json", "metrics.jsonl", "eval.jsonl", "samples.md", "patches.jsonl", "checkpoints"} <= files
+    evals = lines(tmp_path / "run/eval.jsonl")
+    assert [row["step"] for row in evals] == [0, 2] and all(row["accuracy_with_patches"] >= row["accuracy"] for row in evals)
+
+
+@pytest.mark.parametrize("changes", (dict(method="grpo"), dict(select="best"), dict(train_on="original"), dict(evidence="none"),
+                                     dict(loss_norm="sequence"), dict(freeze_vision=True), dict(micro_tokens=200)))
+def test_every_ablation_runs(world, tmp_path, changes):
+    """Catches: a flag that breaks the loop."""
+    rows = run(config_of(world, tmp_path / "run", steps=1, **changes))
+    assert rows[0]["intervention_ratio"] > 0 or changes.get("method") == "grpo"
+
+
+def test_micro_batches_do_not_change_the_step(world, tmp_path):
+    """Catches: a gradient that depends on how a step is cut into forwards."""
+    whole, cut = (run(config_of(world, tmp_path / str(n), steps=1, batch_prompts=2, micro_tokens=n))[0] for n in (10**6, 250))
+    assert whole["grad_norm"] > 0 and cut["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
+    assert cut["loss"] == pytest.approx(whole["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("flags, sentence", (
+    (["--model", "m", "--kapa", "0.1"], "unrecognized arguments: --kapa"),
+    (["--model", "m", "--frames", "15", "--data", "d"], "--frames must be even"),
+    (["--model", "m"], "--data is missing"),
+    (["--model", "m", "--data", "nowhere.json"], "nowhere.json"),
+    (["--model", "m", "--data", "d", "--rollouts", "1"], "--rollouts must be at least 2"),
+    (["--method", "magic"], "invalid choice"),
+))
+def test_bad_flags_are_refused_in_one_sentence(tmp_path, flags, sentence):
+    """Catches: a typo that runs with the default, an error found after the model has loaded."""
+    process = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], cwd=tmp_path, text=True, capture_output=True)
+    assert process.returncode != 0 and sentence in process.stderr and "Traceback" not in process.stderr
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(world, tmp_path):
+    """Catches: two runs mixed in one metrics.jsonl."""
+    config = config_of(world, tmp_path / "run", steps=1)
+    run(config)
+    with pytest.raises(ValueError, match="already holds a run"):
+        run(config)
+
+
+def test_a_prompt_that_may_be_too_long_is_refused_by_id(world, tmp_path):
+    """Catches: a truncated video prompt."""
+    with pytest.raises(ValueError, match=r"sample train-\d+: its prompt may take \d+ tokens"):
+        run(replace(config_of(world, tmp_path / "run"), max_prompt=50))
