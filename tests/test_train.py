@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import ffr
 import toy
 import train
 from conftest import make_video
+from messages_server import MessagesServer
 from model import Student
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -256,3 +258,56 @@ def test_a_prompt_that_may_be_too_long_is_refused_by_id(world, tmp_path):
     """Catches: a truncated video prompt."""
     with pytest.raises(ValueError, match=r"sample train-\d+: its prompt may take \d+ tokens"):
         run(replace(config_of(world, tmp_path / "run"), max_prompt=50))
+
+
+# --- the service teacher in the loop
+
+
+KEY = "sk-ant-a-key-that-must-not-be-written-anywhere"
+
+
+def test_the_service_teacher_teaches_a_run(world, tmp_path, monkeypatch):
+    """Catches: a teacher that works alone but not in the loop: tools unused, patches unread, a key in
+    a file, teaching that starts only when every prompt has been sampled.
+    """
+    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
+    sampled = []
+    monkeypatch.setattr(ffr, "fix", lambda groups, fix=ffr.fix: (sampled.append(time.monotonic()), fix(groups)))
+    with MessagesServer() as server:
+        rows = run(config_of(world, tmp_path / "run", teacher="anthropic", teacher_url=server.url, batch_prompts=2,
+                             teacher_price="3/15"))
+        first_asked = server.seen[1][0]  # the first request is the connection check
+    assert rows[0]["intervention_ratio"] > 0 and rows[0]["teacher"]["dollars"] > 0
+    assert all(row["teacher"]["calls"] == row["teacher"]["patched"] > 0 and row["grad_norm"] >= 0 for row in rows)
+    tools = {block["name"] for body in server.bodies for message in body["messages"] if message["role"] == "assistant"
+             for block in message["content"] if block["type"] == "tool_use"}
+    assert {"get_frame", "zoom_region", "get_temporal_segment"} <= tools
+    assert first_asked < sampled[0], "the first diagnosis must not wait for the last row to be sampled"
+    written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(written) > 10 and not any(KEY.encode() in path.read_bytes() for path in written)
+
+
+def test_a_killed_run_pays_for_no_diagnosis_twice(world, monkeypatch):
+    """Catches: answers that die with the process that paid for them."""
+    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
+    with MessagesServer() as server:
+        flags = ("--teacher", "anthropic", "--teacher_url", server.url, "--steps", 4, "--output", "taught", "--save_every", 3)
+        killed = after_step(start(world, *flags), 2)
+        killed.send_signal(signal.SIGKILL)
+        finish(killed, -signal.SIGKILL)
+        before = len(server.bodies)
+        finish(start(world, *flags, "--resume"))
+        bodies = [json.dumps(body, sort_keys=True) for body in server.bodies]
+    checks = [body for body in bodies if "Connection check" in body]
+    assert before > 20 and len(checks) == 2 and len(bodies) - 2 == len(set(bodies) - set(checks))
+    assert [row["step"] for row in lines(world / "taught/metrics.jsonl")] == list(range(4))
+    audit = subprocess.run([sys.executable, str(ROOT / "teacher.py"), "audit", "taught"], cwd=world, text=True,
+                           capture_output=True, check=True)
+    assert "patched" in audit.stdout
+
+
+def test_a_dead_teacher_is_found_out_before_the_model_loads(world, tmp_path, monkeypatch):
+    """Catches: an hour of loading before a wrong address shows."""
+    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
+    with pytest.raises(ValueError, match="--teacher anthropic: .*"):
+        run(config_of(world, tmp_path / "run", model="no such model", teacher="anthropic", teacher_url="http://127.0.0.1:9"))
