@@ -91,6 +91,7 @@ class Config:
                          ("chosen", "original"))
     # optimisation
     lr: float = flag(5e-6, "peak learning rate, cosine to zero")
+    warmup_steps: int = flag(0, "steps of linear rise to it")
     weight_decay: float = flag(0.01, "of matrices; norms and biases have none")
     max_grad_norm: float = flag(5.0, "gradient norm clip")
     steps: int = flag(0, "optimizer steps; 0: as many as --epochs needs")
@@ -117,7 +118,8 @@ class Config:
 # What `python train.py` runs: flags not given on the command line take these.
 TOY_FOLDER = Path("runs/toy")
 TOY_SEEN = dict(max_completion=48, frames=16, max_pixels=56 * 56)
-TOY_WARM = dict(method="sft", steps=150, batch_prompts=32, lr=2e-3, save_every=10**6, **TOY_SEEN)
+TOY_WARM = dict(method="sft", steps=400, batch_prompts=24, lr=3e-3, warmup_steps=20,
+                max_grad_norm=1.0, save_every=10**6, **TOY_SEEN)
 TOY = dict(steps=60, batch_prompts=8, lr=1e-4, beta=0.0, save_every=20, **TOY_SEEN)
 EVAL_PROMPTS = 32  # prompts decoded together in an evaluation
 PREFIX_BYTES = 2**30  # pixels of processed prompts kept in memory
@@ -479,6 +481,7 @@ def update(run, groups, phases):
     batches = ffr.micro_batches(groups, config.micro_tokens, weight)
     batches += [filler(run) for _ in range(max(everyone(len(batches))) - len(batches))]
     lr = config.lr * 0.5 * (1 + math.cos(math.pi * run.step / run.steps))
+    lr *= min(1.0, (run.step + 1) / (config.warmup_steps + 1))
     for param_group in run.optimizer.param_groups:
         param_group["lr"] = lr
     if run.reference is not None:
