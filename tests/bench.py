@@ -1,0 +1,509 @@
+"""What a step costs, the usual way and ours: same weights, prompt, frames and seeds, one table.
+
+    python tests/bench.py                                       16 minutes of processor time
+    python tests/bench.py --quick                               does it run at all
+    python tests/bench.py --linear                              our cost over lengths and prompts
+    python tests/bench.py --device cuda --model 7b --recompute  real shapes, random weights, bf16
+
+`usual` is R1-V's trainer, which Video-R1 and FFR's release follow, on Hugging Face's own model:
+tries by generate() with num_return_sequences; repairs one after another, the whole prompt prefilled
+anew; policy and reference on G padded rows with the pixels repeated, full logits, log_softmax row
+by row. Twice it is kinder than they are: its forwards are handed their positions, and generate() of
+today repeats the vision tower's output where older ones ran the tower G times. `ours` is train.py's
+step. Both sample rows to their full length (EOS is banned) and end in AdamW at learning rate 0, so
+that all repeats meet the same weights; part by part they take turns.
+
+A cell is how many times faster, (smallest..largest over the repeats), / the limit that counting
+tokens sets. The usual way runs at the first two failure rates; the rest follows: n serial repairs
+cost n times one, rows are padded to the longest. "Share of torch.mm": operations of linear layers,
+attention and head per second over torch.mm's in the same run. Memory is what a part adds at its
+peak to the level before it, in a process of its own, with half of the tries failed.
+
+Dimensions: G rollouts, P prefix tokens, C completion tokens, S suffix and completion tokens, L row
+tokens, V vocabulary, D width, E head width.
+"""
+
+import argparse
+import ctypes
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from copy import deepcopy
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+import torch
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen3VLConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's flat files
+import ffr
+import tiny
+from model import Student, flash_attn_varlen_func, mrope
+
+HEADER, PATCH = 5, 75  # tokens of a header, and of the patch before it in a repair
+BETA, TOP_P = 0.04, 0.95
+FORBIDDEN = list(range(tiny.IMAGE, tiny.EOS + 2))  # vision tokens and EOS
+SMALL = (512, 1408, 4, 8, 2, 8192), (160, 432, 3, 4, [2])
+LARGE = 1280, 3420, 32, 16, [7, 15, 23, 31]
+# width, inner width, layers, heads, key heads, vocabulary; the tower's, and its full layers
+MODELS = {
+    "cpu": SMALL, "qwen3": SMALL, "3b": ((2048, 11008, 36, 16, 2, 151936), LARGE),
+    "7b": ((3584, 18944, 28, 28, 4, 152064), LARGE)}
+
+
+# ---------------------------------------------------------------------------------------------
+# One set of weights, two ways to use it
+
+
+def make_config(name):
+    (D, inner, layers, heads, key_heads, V), (width, mlp, depth, vision_heads, full) = MODELS[name]
+    E = D // heads
+    rope = {"rope_type": "default", "rope_theta": 1e6,
+            "mrope_section": [E // 8, E * 3 // 16, E * 3 // 16]}
+    text = dict(hidden_size=D, intermediate_size=inner, num_hidden_layers=layers, vocab_size=V,
+                num_attention_heads=heads, num_key_value_heads=key_heads, rope_parameters=rope,
+                bos_token_id=None, eos_token_id=tiny.EOS, pad_token_id=None)
+    vision = dict(hidden_size=width, intermediate_size=mlp, depth=depth, num_heads=vision_heads,
+                  out_hidden_size=D, patch_size=14)
+    rest = dict(image_token_id=tiny.IMAGE, video_token_id=tiny.VIDEO, vision_end_token_id=tiny.END,
+                vision_start_token_id=tiny.START, tie_word_embeddings=name == "3b")
+    if name == "qwen3":
+        vision |= dict(num_position_embeddings=576, deepstack_visual_indexes=[0, 1])
+        return Qwen3VLConfig(text_config=text | {"head_dim": E}, vision_config=vision, **rest)
+    vision |= dict(window_size=112, fullatt_block_indexes=full, tokens_per_second=2)
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **rest)
+
+
+def make_models(flags):
+    """Hugging Face's model and our Student on the same parameters, frozen copies of both, AdamW."""
+    device, cuda = torch.device(flags.device), flags.device == "cuda"
+    tree = "prefix_tree_varlen" if cuda else "prefix_tree"
+    attention = "flash_attention_2" if cuda and flash_attn_varlen_func else "sdpa"
+    torch.manual_seed(flags.seed)
+    with device:
+        policy = AutoModelForImageTextToText.from_config(
+            make_config(flags.model), dtype=torch.bfloat16 if cuda else torch.float32,
+            attn_implementation=attention)
+    for p in (p for p in policy.parameters() if p.ndim > 1):
+        torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
+    if flags.recompute:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    reference = deepcopy(policy).eval().requires_grad_(False)
+    models = SimpleNamespace(config=policy.config, device=device, G=flags.rollouts,
+                             usual=policy.train(), usual_ref=reference)
+    for name in ("", "_ref"):
+        model = getattr(models, "usual" + name)
+        twin = deepcopy(model, {id(p): p for p in model.parameters()})  # shares the parameters
+        twin.set_attn_implementation({"text_config": tree, "vision_config": attention})
+        student = Student(twin, SimpleNamespace(tokenizer=tiny.Tokenizer()), trainable=not name)
+        student.to(device).banned = torch.tensor(FORBIDDEN, device=device)
+        setattr(models, "ours" + name, student)
+    models.optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=0.01, fused=cuda)
+    return models
+
+
+def make_prefix(model, P):
+    """A prompt of P tokens: 16 frames of the largest size that leaves some 50 for the question.
+
+    The clip is short: under a second, Hugging Face's position rule and the checkpoints' agree.
+    """
+    family, side = "qwen3_vl" if model == "qwen3" else "qwen2_5_vl", 2 * math.isqrt((P - 60) // 8)
+    without = tiny.video(family, 8, side, side, 0)
+    return tiny.video(family, 8, side, side, P - len(without.ids), seconds=0.1)
+
+
+def rollout(suffix, ids_C, logp_C=None):
+    logp_C = torch.zeros(len(ids_C)) if logp_C is None else logp_C
+    return ffr.Rollout(ids_C, logp_C, suffix, "", 0.0, 0.0, False, True)
+
+
+class Usual:
+    """R1-V's step on Hugging Face's own model."""
+
+    def __init__(self, models, prefix, seed=0):
+        self.m, self.prefix, self.text = models, prefix, models.usual.model.language_model
+        torch.manual_seed(seed)
+
+    def video(self, rows):
+        return {"pixel_values_videos": self.prefix.pixels.repeat(rows, 1).to(self.m.device),
+                "video_grid_thw": self.prefix.grids.repeat(rows, 1).to(self.m.device)}
+
+    def generate(self, suffix, rows, C, greedy=False):
+        ids = torch.cat([self.prefix.ids, suffix.ids])[None].to(self.m.device)
+        inputs = {"mm_token_type_ids": (ids == tiny.VIDEO).int() * 2, **self.video(1)}
+        if self.m.config.model_type == "qwen2_5_vl":
+            inputs["second_per_grid_ts"] = self.prefix.seconds_per_grid.tolist()
+        sampling = {} if greedy else dict(temperature=1.0, top_p=TOP_P, top_k=0)
+        self.m.usual.eval()  # in training mode, activation checkpointing switches its cache off
+        out = self.m.usual.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=not greedy, max_new_tokens=C,
+            num_return_sequences=rows, suppress_tokens=FORBIDDEN, eos_token_id=tiny.EOS,
+            pad_token_id=tiny.EOS, **inputs, **sampling)
+        self.m.usual.train()
+        return [rollout(suffix, row.cpu()) for row in out[:, ids.shape[1]:]]
+
+    def tries(self, C):
+        return self.generate(tiny.text(HEADER), self.m.G, C)
+
+    def repairs(self, suffixes, C):
+        return [self.generate(suffix, 1, C)[0] for suffix in suffixes]
+
+    def logp(self, model, rollouts):
+        """[G, C]: prompts padded on the left, logits of whole rows, log_softmax row by row."""
+        G, C = len(rollouts), len(rollouts[0].ids_C)
+        L = len(self.prefix.ids) + max(len(r.suffix.ids) for r in rollouts) + C
+        ids_GL, mask_GL = torch.full((G, L), tiny.EOS), torch.zeros(G, L, dtype=torch.long)
+        positions_3GL = torch.zeros(3, G, L, dtype=torch.long)
+        for g, r in enumerate(rollouts):
+            ids = torch.cat([self.prefix.ids, r.suffix.ids, r.ids_C])
+            row = tiny.Segment(ids, None, self.prefix.grids, self.prefix.seconds_per_grid)
+            ids_GL[g, -len(ids):], mask_GL[g, -len(ids):] = ids, 1
+            positions_3GL[:, g, -len(ids):] = mrope(row, 0, self.m.config)[0]
+        device, ids_GL = self.m.device, ids_GL.to(self.m.device)
+        logits_GLV = model(input_ids=ids_GL, attention_mask=mask_GL.to(device), use_cache=False,
+                           position_ids=positions_3GL.to(device), **self.video(G)).logits
+        rows = [logits_LV.log_softmax(-1).gather(-1, ids_L[:, None])[:, 0]
+                for logits_LV, ids_L in zip(logits_GLV[:, :-1], ids_GL[:, 1:])]
+        return torch.stack(rows)[:, -C:]
+
+    @torch.no_grad()
+    def reference(self, rollouts):
+        return self.logp(self.m.usual_ref, rollouts).flatten()
+
+    def update(self, rollouts, ref_logp):
+        logp_GC = self.logp(self.m.usual, rollouts)
+        advantage_G1 = torch.linspace(-1, 1, len(rollouts), device=self.m.device)[:, None]
+        d_GC = ref_logp.view_as(logp_GC) - logp_GC
+        kl_GC = d_GC.exp() - d_GC - 1
+        (BETA * kl_GC - (logp_GC - logp_GC.detach()).exp() * advantage_G1).mean(1).mean().backward()
+        self.m.optimizer.step()
+        self.m.optimizer.zero_grad()
+
+
+class Ours:
+    """train.py's step, for one prompt or several like it."""
+
+    def __init__(self, models, prefix, seed=0, prompts=1):
+        self.m, self.prefixes, self.seed = models, [prefix] * prompts, seed
+        self.text = models.ours.model.model.language_model
+
+    def repairs(self, suffixes, C, temperature=1.0):
+        if not suffixes:
+            return []
+        owners = [n * len(self.prefixes) // len(suffixes) for n in range(len(suffixes))]
+        uniforms = ffr.noise(f"{self.seed}/{len(suffixes[0].ids)}", len(suffixes), C)
+        out = self.m.ours.sample(self.cache, suffixes, owners, uniforms, C, temperature, TOP_P)
+        return [rollout(suffix, c.ids, c.logp.cpu()) for suffix, c in zip(suffixes, out)]
+
+    def tries(self, C):
+        self.cache = self.m.ours.prefill(self.prefixes)
+        return self.repairs([tiny.text(HEADER)] * self.m.G * len(self.prefixes), C)
+
+    def batches(self, rollouts):
+        n = len(rollouts) // len(self.prefixes)
+        advantages = torch.linspace(-1, 1, n).tolist() * len(self.prefixes)
+        slots = [ffr.Slot(r, trained=r, advantage=a) for r, a in zip(rollouts, advantages)]
+        groups = [ffr.Group(SimpleNamespace(id=b), prefix, slots[b * n:(b + 1) * n])
+                  for b, prefix in enumerate(self.prefixes)]
+        weight = ffr.token_weights("token", sum(len(r.ids_C) for r in rollouts), len(rollouts))
+        return ffr.micro_batches(groups, 16384, weight)
+
+    @torch.no_grad()
+    def reference(self, rollouts):
+        return torch.cat([self.m.ours_ref(b.prefixes, b.suffixes, b.owners, b.completions)[0]
+                          for b in self.batches(rollouts)])
+
+    def update(self, rollouts, ref_logp):
+        batches = self.batches(rollouts)
+        for batch, ref in zip(batches, ref_logp.split([len(b.weight_T) for b in batches])):
+            batch.ref_logp_T = ref
+            logp_T, _ = self.m.ours(batch.prefixes, batch.suffixes, batch.owners, batch.completions,
+                                    entropy=True)
+            ffr.loss(logp_T, batch, 0.2, 0.2, BETA)[0].backward()
+        self.m.optimizer.step()
+        self.m.optimizer.zero_grad()
+
+
+WAYS = {"usual": Usual, "ours": Ours}
+
+
+# ---------------------------------------------------------------------------------------------
+# Measuring
+
+
+def step(way, C, failures, do):
+    """A whole step: a generator, so that two ways can take turns. do(part, work, *arguments)."""
+    do("prefill", way.tries, 1)
+    yield
+    chosen = do("tries", way.tries, C)
+    yield
+    n = round(failures * len(chosen))
+    patches = [tiny.text(PATCH + HEADER, i) for i in range(n)]
+    chosen[len(chosen) - n:] = do("repair", way.repairs, patches, C)
+    yield
+    ref_logp = do("reference", way.reference, chosen)
+    yield
+    do("update", way.update, chosen, ref_logp)
+
+
+class Meter:
+    """Runs parts of a step and keeps their seconds, or the bytes they add to the level before."""
+
+    def __init__(self, device, memory=False):
+        self.cuda, self.memory, self.of, self.top = device.type == "cuda", memory, {}, 0
+        self.start = self.level()
+
+    def level(self, peak=False):
+        """Bytes in use, or the most since last asked; on CUDA it waits for the device."""
+        if self.cuda:
+            torch.cuda.synchronize()
+            used = torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            return used
+        if not self.memory:
+            return 0
+        if not peak:
+            ctypes.CDLL(None).malloc_trim(0)  # what the allocator merely holds is not in use
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        name = "VmHWM" if peak else "VmRSS"
+        line = next(line for line in open("/proc/self/status") if line.startswith(name))
+        return int(line.split()[1]) * 1024
+
+    def __call__(self, part, work, *arguments):
+        before, start = self.level(), time.perf_counter()
+        result = work(*arguments)
+        top = self.level(peak=True)
+        self.of[part] = time.perf_counter() - start
+        if self.memory:
+            self.top = max(self.top, top)
+            self.of |= {part: top - before, "step": self.top - self.start}
+        return result
+
+
+def machine(models, tokens):
+    """Operations per second of torch.mm at a layer's size; bytes per second of a large copy."""
+    text, kind = models.config.text_config, dict(device=models.device, dtype=models.usual.dtype)
+    a = torch.randn(tokens, text.hidden_size, **kind)
+    b = torch.randn(text.hidden_size, text.intermediate_size, **kind)
+    x, y = (torch.ones(2**29 if models.device.type == "cuda" else 2**25, **kind) for _ in range(2))
+    laps = []
+    for _ in range(5):
+        meter = Meter(models.device)
+        meter("mm", torch.mm, a, b)
+        meter("copy", x.copy_, y)
+        laps.append(meter.of)
+    return {"operations": 2 * a.numel() * b.shape[1] / median(lap["mm"] for lap in laps),
+            "bytes": 2 * x.numel() * x.element_size() / median(lap["copy"] for lap in laps)}
+
+
+def measure(models, prefix, C, rates, repeats, seed):
+    """{way: {failure rate: [{part: seconds} of each repeat]}}, and the machine's speed meanwhile."""
+    laps, speeds = {name: {f: [] for f in rates} for name in WAYS}, []
+    for repeat, f in itertools.product(range(repeats), rates):
+        names = sorted(WAYS, reverse=repeat % 2 == 0) if f in rates[:2] else ["ours"]
+        meters = [Meter(models.device) for _ in names]
+        ways = [WAYS[name](models, prefix, seed + repeat) for name in names]
+        for _ in itertools.zip_longest(*(step(w, C, f, m) for w, m in zip(ways, meters))):
+            pass
+        for name, meter in zip(names, meters):
+            laps[name][f].append(meter.of)
+        speeds.append(machine(models, len(prefix.ids) + models.G * C))
+    for f in rates[2:]:
+        more = round(f * models.G) / round(rates[1] * models.G)
+        measured = laps["usual"][rates[1]]
+        laps["usual"][f] = [lap | {"repair": lap["repair"] * more} for lap in measured]
+    for lap in (lap for way in laps.values() for rate in way.values() for lap in rate):
+        lap["step"] = sum(lap[part] for part in ("tries", "repair", "reference", "update"))
+    return laps, speeds
+
+
+def verify(models, prefix):
+    """That both compute the same function (fp32: or raise), and what each prefills for a repair."""
+    usual, ours, embedded = Usual(models, prefix), Ours(models, prefix), []
+    sampled = ours.tries(7)
+    drift = torch.cat([r.old_logp_C for r in sampled]) - ours.reference(sampled).cpu()
+    suffixes = [tiny.text(HEADER + PATCH * (g % 2), g) for g in range(models.G)]
+    rollouts = [rollout(s, tiny.words(7, g)) for g, s in enumerate(suffixes)]
+    gap = (usual.reference(rollouts) - ours.reference(rollouts)).abs().max().item()
+    greedy = usual.generate(suffixes[1], 1, 7, True)[0], ours.repairs(suffixes[1:2], 7, 0.0)[0]
+    same = {"logp_gap": gap, "sampling_gap": drift.abs().mean().item(), "prefilled": [],
+            "greedy_equal": greedy[0].ids_C.equal(greedy[1].ids_C)}
+    if models.device.type == "cpu":
+        assert gap < 1e-4 and same["sampling_gap"] < 1e-5 and same["greedy_equal"], same
+    for way in (usual, ours):
+        embedded.clear()
+        hook = way.text.embed_tokens.register_forward_hook(
+            lambda module, ids, out: embedded.append(ids[0].numel()))
+        way.repairs(suffixes[1:4:2], 1)
+        hook.remove()
+        same["prefilled"].append(sum(embedded) // 2)
+    return same
+
+
+def operations(models, prefix, rows, logits, clips):
+    """Of a forward, in linear layers, attention, head; rows: (tokens, tokens before them) each."""
+    text, vision = models.config.text_config, models.config.vision_config
+    size = lambda module: sum(p.numel() for p in module.parameters() if p.ndim > 1)
+    (t, h, w), inner = prefix.grids[0].tolist(), models.usual.model
+    full = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))
+    seen = full * h * w + (vision.depth - full) * min(h * w, 64)  # keys per patch, all layers
+    tower = size(inner.visual.blocks) + size(inner.visual.merger) / 4
+    tower += 2 * seen * vision.hidden_size
+    pairs = sum(n * before + n * (n + 1) / 2 for n, before in rows)
+    return (2 * clips * t * h * w * tower + 4 * pairs * text.hidden_size * text.num_hidden_layers
+            + 2 * sum(n for n, _ in rows) * size(inner.language_model.layers)
+            + 2 * logits * text.vocab_size * text.hidden_size)
+
+
+def peaks(models, way, P, C, flags):
+    """Bytes of each part of one way's step; a short step first, for libraries and AdamW's state."""
+    for tokens, length in ((100, 2), (P, C)):
+        meter = Meter(models.device, memory=True)
+        list(step(WAYS[way](models, make_prefix(flags.model, tokens)), length, 0.5, meter))
+    return meter.of
+
+
+def linear(models, prefix, flags):
+    """Our step, half of the tries failed, over four lengths and four numbers of prompts: tables."""
+    def cost(C, prompts, seed):
+        meter = Meter(models.device)
+        list(step(Ours(models, prefix, seed, prompts), C, 0.5, meter))
+        return sum(meter.of.values()) - meter.of["prefill"]
+
+    lengths, found = (8, 16, 24, 32) if flags.quick else (64, 128, 192, 256), {}
+    for axis, name in enumerate(("completion tokens", "prompts")):
+        sizes = [(lengths[0], B) for B in (1, 2, 4, 8)] if axis else [(C, 1) for C in lengths]
+        cost(*sizes[-1], 0)
+        runs = torch.tensor([[cost(*size, r) for size in sizes] for r in range(flags.repeats)])
+        y, x = runs.median(0).values, torch.tensor(sizes).float()[:, axis]
+        line = torch.linalg.lstsq(torch.stack([x, torch.ones(4)], 1), y[:, None]).solution[:, 0]
+        off = y / (line[0] * x + line[1]) - 1
+        found[name] = {"at": x.tolist(), "seconds": runs.tolist(), "line": line.tolist()}
+        print(f"\n| {name} |", *(f"{n:g} |" for n in x), "fitted slope |\n" + "|---" * 6 + "|")
+        print("| cost over the first |", *(f"{n:.2f} |" for n in y / y[0]),
+              f"{line[0] * x[0] / y[0]:.2f} per {x[0]:g} |")
+        print("| from the fitted line |", *(f"{100 * n:+.1f} % |" for n in off), "|")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
+# The table
+
+
+def column(models, prefix, C, laps, speeds, prefilled):
+    """{row: cell} of one shape."""
+    usual, ours, G, P, S = laps["usual"], laps["ours"], models.G, len(prefix.ids), HEADER + C
+    rates, both, cells = list(ours), (usual, ours), {}
+    of = lambda way, f, part: median(lap[part] for lap in way[f])
+    decode = lambda lap: G * (C - 1) / (lap["tries"] - lap["prefill"])
+    speed = {what: median(one[what] for one in speeds) for what in speeds[0]}
+    failed = lambda f: f"{100 * f:.0f} % failed"
+    show = lambda values, digits=2: ", ".join(f"{n:.{digits}f}" for n in values)
+
+    def faster(row, f, part, limit=None):
+        each = [decode(b) / decode(a) if part == "decode" else a[part] / b[part]
+                for a, b in zip(usual[f], ours[f])]
+        cells[row] = f"{median(each):.2f} ({min(each):.2f}..{max(each):.2f})"
+        cells[row] += f" / {limit:.2f}" if limit else ""
+
+    faster("prefill", rates[0], "prefill", G * (P + HEADER) / (P + G * HEADER))
+    faster("decode, tokens/s", rates[0], "decode")
+    for f in (f for f in rates if f):
+        faster(f"repair, {failed(f)}", f, "repair")
+    cells["tokens prefilled per repair: usual, ours"] = show(prefilled, 0)
+    for part, f in itertools.product(("reference", "update"), rates[:2]):
+        suffixes = [S + PATCH * (g < round(f * G)) for g in range(G)]
+        limit = G * (P + max(suffixes)) / (P + sum(suffixes))
+        faster(f"{part}, {failed(f)}", f, part, limit)
+    for f in rates:
+        faster(f"whole step, {failed(f)}", f, "step")
+    cells[f"step, {failed(rates[-1])} over {failed(rates[0])}: usual, ours"] = show(
+        of(way, rates[-1], "step") / of(way, rates[0], "step") for way in both)
+    work = [operations(models, prefix, [(P + S, 0)] * G, G * (P + S), G),
+            operations(models, prefix, [(P, 0)] + [(S, P)] * G, G * C, 1)]
+    for part, times in (("reference", 1), ("update", 3)) if rates[0] == 0 else ():
+        cells[f"{part}, share of torch.mm: usual, ours"] = show(
+            times * n / of(way, 0.0, part) / speed["operations"] for n, way in zip(work, both))
+    if models.device.type == "cuda":
+        text, head = models.usual.model.language_model, models.usual.lm_head
+        weights = [*text.layers.parameters(), head.weight]  # all that a decode step has to read
+        limit = G * speed["bytes"] / sum(p.numel() * p.element_size() for p in weights)
+        cells["tokens/s: usual, ours, bandwidth limit"] = show(
+            [*(median(decode(lap) for lap in way[rates[0]]) for way in both), limit], 0)
+        for f in rates:
+            cells[f"step seconds, {failed(f)}: usual, ours"] = show(
+                (of(way, f, "step") for way in both), 1)
+    return cells
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--device", default="cpu", choices=("cpu", "cuda"))
+    add("--model", default="cpu", choices=MODELS, help="4 layers of width 512, or real shapes")
+    add("--shapes", default="600x200,1250x64", help="prefix x completion tokens, columns")
+    add("--memory", default="1250x200", help="shapes whose peak memory is measured; '': none")
+    add("--failures", default="0,0.25,0.5,0.75", help="shares of failed tries")
+    add("--rollouts", type=int, default=8, help="G")
+    add("--repeats", type=int, default=3)
+    add("--threads", type=int, default=os.cpu_count(), help="of torch")
+    add("--seed", type=int, default=0)
+    add("--recompute", action="store_true", help="activation checkpointing, in both ways")
+    add("--linear", action="store_true", help="only our cost over lengths and numbers of prompts")
+    add("--quick", action="store_true", help="one tiny shape, once")
+    add("--json", default="", help="file for all figures")
+    add("--child", default="", help=argparse.SUPPRESS)  # way,P,C of a fresh process for memory
+    flags = parser.parse_args(argv)
+    if flags.quick:
+        flags.shapes, flags.memory, flags.repeats = "120x8", flags.memory and "120x8", 1
+    return flags
+
+
+def main(argv):
+    flags = parse(argv)
+    shapes, memory = ([tuple(map(int, shape.split("x"))) for shape in text.split(",") if shape]
+                      for text in (flags.shapes, flags.memory))
+    torch.set_num_threads(flags.threads)
+    if flags.child:
+        way, P, C = flags.child.split(",")
+        return print(json.dumps(peaks(make_models(flags), way, int(P), int(C), flags)))
+    found = {"flags": vars(flags), "torch": torch.__version__, "memory": {}, "seconds": {},
+             "machine": {}}
+    table = {shape: {} for shape in sorted({*shapes, *memory})}
+    for P, C in memory if not flags.linear else ():  # before this process takes the device's memory
+        bytes_of = {way: json.loads(subprocess.run(
+            [sys.executable, __file__, *argv, "--child", f"{way},{P},{C}"], check=True,
+            stdout=subprocess.PIPE).stdout) for way in WAYS}
+        found["memory"][f"{P}x{C}"] = bytes_of
+        table[P, C] |= {f"peak memory, {part}: ours / usual":
+                        f"{bytes_of['ours'][part] / bytes_of['usual'][part]:.2f}"
+                        for part in ("update", "step")}
+    models = make_models(flags)
+    prefixes = {P: make_prefix(flags.model, P) for P, _ in shapes}
+    found["same"] = same = {P: verify(models, prefix) for P, prefix in prefixes.items()}
+    print("largest difference of log-probs:", max(s["logp_gap"] for s in same.values()))
+    if flags.linear:
+        found["linear"] = linear(models, prefixes[shapes[0][0]], flags)
+    else:
+        rates = sorted(float(f) for f in flags.failures.split(","))
+        measure(models, prefixes[max(prefixes)], 2, rates[:1], 1, 0)  # warms up
+        for P, C in shapes:
+            laps, speeds = measure(models, prefixes[P], C, rates, flags.repeats, flags.seed)
+            found["seconds"][f"{P}x{C}"], found["machine"][f"{P}x{C}"] = laps, speeds
+            table[P, C] |= column(models, prefixes[P], C, laps, speeds, same[P]["prefilled"])
+        print("\n| times faster |", *(f"P {P}, C {C} |" for P, C in table))
+        print("|---" * (len(table) + 1) + "|")
+        for row in dict.fromkeys(row for cells in reversed(table.values()) for row in cells):
+            print(f"| {row} |", *(f"{cells.get(row, '')} |" for cells in table.values()))
+        found["table"] = {f"P {P}, C {C}": cells for (P, C), cells in table.items()}
+    if flags.json:
+        Path(flags.json).write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
