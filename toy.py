@@ -1,6 +1,6 @@
 """A small world that runs anywhere: video clips, questions with annotated evidence, a tiny student.
 
-    python toy.py FOLDER [--seed 0 --train 480 --heldout 200 --warm 4000]
+    python toy.py FOLDER [--seed 0 --train 480 --heldout 200 --warm 2000]
 
 FOLDER/videos/*.mp4     H.264 clips of 8 s, in which 2 to 4 cards of different colours show up, one
                         after another, each for a second in one of four corners
@@ -10,7 +10,7 @@ FOLDER/warm.json        rows with a `process` for the warm start, of two kinds: 
                         row with evidence), or it guesses (a row without). About some questions
                         it mostly guesses; that habit is what there is to repair.
 FOLDER/template.txt     the question's wording
-FOLDER/model/           a random Qwen2.5-VL of under a million weights, tokenizer and processor
+FOLDER/model/           a Qwen2.5-VL of under a million weights, with tokenizer and processor
 
 No clip is in two of the files. Dimensions: F frames of a clip; h, w pixels.
 """
@@ -23,6 +23,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (AutoModelForImageTextToText, PreTrainedTokenizerFast, Qwen2_5_VLConfig,
                           Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor)
@@ -38,7 +39,8 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (40, 70, 230),
 CORNERS = {"top left": (0.0, 0.0, 0.5, 0.5), "top right": (0.5, 0.0, 1.0, 0.5),
            "bottom left": (0.0, 0.5, 0.5, 1.0), "bottom right": (0.5, 0.5, 1.0, 1.0)}
 ORDER = ("first", "second", "third", "fourth")
-GUESSED = 0.7  # share of guesses among the warm start's rows of a kind that is ever guessed
+GUESSED = 0.8  # share of guesses among the warm start's rows of a kind that is ever guessed
+WEIGHTS = Path(__file__).with_name("toy_student.safetensors")  # of a student that can look
 
 TEMPLATE = "{question} Think, then answer."
 CHAT_TEMPLATE = (
@@ -154,7 +156,7 @@ def when(clip, rng):
     colour, corner = clip[slot]["colour"], clip[slot]["corner"]
     return (f"In which second is the {colour} card shown?", "numerical", str(slot),
             f"The {colour} card is in {frames(slot)}.",
-            {**span(slot), "box": CORNERS[corner]}, None)
+            {**span(0, SLOTS - 1), "box": CORNERS[corner]}, None)  # the second would be the answer
 
 
 def what_next(clip, rng):
@@ -169,8 +171,11 @@ def what_next(clip, rng):
 QUESTIONS = (which_colour, where, how_many, when, what_next)
 
 
-def rows(split, count, rng, folder, traces=False):
-    """Write the clips of a split; return its `count` Video-R1 rows, one of each kind per clip."""
+def rows(split, count, rng, folder, guessed=None):
+    """Write the clips of a split; return its `count` Video-R1 rows, one of each kind per clip.
+
+    guessed: the share of guesses among the traces of the kinds that have any; None: no traces.
+    """
     result = []
     while len(result) < count:
         clip, path = new_clip(rng), f"{split}_{len(result) // len(QUESTIONS):04d}.mp4"
@@ -180,10 +185,10 @@ def rows(split, count, rng, folder, traces=False):
             row = {"problem_id": f"{split}-{len(result)}", "problem": question,
                    "data_type": "video", "problem_type": kind, "options": [], "path": path,
                    "data_source": "toy", "evidence": [evidence]}
-            if traces and guess is not None and rng.random() < GUESSED:
+            if guessed and guess is not None and rng.random() < guessed:
                 answer = guess(rng)
                 row |= {"process": f"<think>I guess {answer}.</think>", "evidence": []}
-            elif traces:
+            elif guessed is not None:
                 row |= {"process": f"<think>{trace}</think>"}
             result.append({**row, "solution": f"<answer>{answer}</answer>"})
     return result
@@ -230,12 +235,27 @@ def new_model(tokenizer):
     return AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
 
 
-def save_student(folder, texts, seed):
+def corpus():
+    """What the tokenizer is trained on: the same texts for every world, since weights go with it."""
+    rng, texts = random.Random("corpus"), []
+    for _ in range(400):
+        clip = new_clip(rng)
+        for ask in QUESTIONS:
+            question, _, answer, trace, *_ = ask(clip, rng)
+            texts.append(f"system\nuser\nassistant\n{question} {TEMPLATE}\n<think>{trace}</think>\n"
+                         f"<answer>{answer}</answer> I guess {answer}.")
+    return texts + [wording.format(a=2 * i, b=2 * i + 1, s=i, e=i + 0.5)
+                    for wording in PATCH_WORDING for i in range(SLOTS)] * 20
+
+
+def save_student(folder, seed, pretrained):
     """Write model, tokenizer and processor as one checkpoint folder."""
-    tokenizer = new_tokenizer(texts)
+    tokenizer = new_tokenizer(corpus())
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = new_model(tokenizer)
+    if pretrained:
+        model.load_state_dict({name: w.float() for name, w in load_file(WEIGHTS).items()})
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
@@ -250,21 +270,17 @@ def save_student(folder, texts, seed):
 # --- all of it ------------------------------------------------------------------------------------
 
 
-def make(folder, seed=0, train=480, heldout=200, warm=4000):
+def make(folder, seed=0, train=480, heldout=200, warm=2000, guessed=GUESSED, pretrained=True):
     """Write the world to `folder`; the same arguments give the same world. Prints what is in it."""
     folder, made = Path(folder), {}
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     for split, count in (("train", train), ("heldout", heldout), ("warm", warm)):
         rng = random.Random(f"{seed} {split}")
-        made[split] = rows(split, count, rng, folder, traces=split == "warm")
+        made[split] = rows(split, count, rng, folder, guessed if split == "warm" else None)
         clips = len({row["path"] for row in made[split]})
         print(f"{folder / split}.json: {count} questions on {clips} clips")
     (folder / "template.txt").write_text(TEMPLATE)
-    texts = [f"system\nuser\nassistant\n{TEMPLATE} {row['problem']}\n{row.get('process', '')}\n"
-             f"{row['solution']}" for part in made.values() for row in part]
-    texts += [wording.format(a=2 * i, b=2 * i + 1, s=i, e=i + 0.5)
-              for wording in PATCH_WORDING for i in range(SLOTS)] * 20
-    save_student(folder / "model", texts, seed)
+    save_student(folder / "model", seed, pretrained)
     for split, part in made.items():  # last, so that a world is complete where these files are
         (folder / f"{split}.json").write_text(json.dumps(part, indent=1))
 
@@ -275,9 +291,13 @@ def main(argv=None):
     for name, default, text in (("seed", 0, "of everything random"),
                                 ("train", 480, "questions to train on"),
                                 ("heldout", 200, "questions to test on"),
-                                ("warm", 4000, "questions with traces")):
+                                ("warm", 2000, "questions with traces")):
         parser.add_argument(f"--{name}", type=int, default=default,
                             help=f"{text} (default: {default})")
+    parser.add_argument("--guessed", type=float, default=GUESSED,
+                        help=f"share of guesses in warm.json (default: {GUESSED})")
+    parser.add_argument("--random", dest="pretrained", action="store_false",
+                        help="random weights, to pretrain anew")
     make(**vars(parser.parse_args(argv)))
 
 

@@ -302,7 +302,7 @@ def machine(models, tokens):
 
 
 def measure(models, prefix, C, rates, repeats, seed):
-    """{way: {failure rate: [{part: seconds} of each repeat]}}, and the machine's speed meanwhile."""
+    """{way: {failure rate: [{part: seconds} of each repeat]}}, and the machine's speed."""
     laps, speeds = {name: {f: [] for f in rates} for name in WAYS}, []
     for repeat, f in itertools.product(range(repeats), rates):
         names = sorted(WAYS, reverse=repeat % 2 == 0) if f in rates[:2] else ["ours"]
