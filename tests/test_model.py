@@ -148,7 +148,7 @@ def test_top_p_and_temperature_follow_the_distribution():
     expected = torch.zeros(200).index_put((order[:n],), p[:n] / p[:n].sum())
     uniforms = (torch.arange(20000) + 0.5) / 20000
     with torch.no_grad():
-        tokens, logp = student._draw(hidden.expand(20000, -1), uniforms, 0.7, 0.6)
+        tokens, logp = student._draw(student.logits(hidden, 0.7).expand(20000, -1), uniforms, 0.7, 0.6)
     counted = torch.bincount(tokens, minlength=200) / 20000
     assert (counted - expected).abs().max() < 2e-4
     assert torch.allclose(logp[0], student.logits(hidden, 0.7)[0].log_softmax(-1)[tokens[0]], atol=1e-6)
@@ -160,8 +160,9 @@ def test_logits_in_chunks_change_nothing(monkeypatch):
     prefixes, suffixes, owners = forest("qwen2_5_vl")
     completions = [words(n, n) for n in (5, 9, 7, 6, 4, 8, 3)]
     results = []
-    for elements in (2**26, 5 * 200):  # everything at once; five rows at a time
-        monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", elements)
+    monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", 0)
+    for rows in (256, 5):  # everything at once; five rows at a time
+        monkeypatch.setattr(model_module, "ROWS_OF_LOGITS", rows)
         student.zero_grad()
         logp, entropy = student(prefixes, suffixes, owners, completions, entropy=True)
         logp.sum().backward()
@@ -257,7 +258,6 @@ def test_folded_query_heads_equal_repeated_key_heads():
     plain = torch.nn.functional.scaled_dot_product_attention(
         q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), attn_mask=mask, scale=0.2).transpose(1, 2)
     assert (grouped_attention(q, k, v, 0.2, mask[None, None]) - plain).abs().max() < 1e-6
-    assert (grouped_attention(q, k, v, 0.2, causal=True) - plain).abs().max() < 1e-6
 
 
 def test_placeholders_and_pixels_must_agree():
