@@ -405,7 +405,7 @@ class Student(nn.Module):
         tokens get logits.
         """
         assert len(suffixes) == len(owners) == len(completions)
-        config, lengths = self.model.config, [len(p.ids) for p in prefixes]
+        lengths = [len(p.ids) for p in prefixes]
         P_ids, P_positions, ends = self.pack(prefixes, [0] * len(prefixes))
         rows = [_extended(suffix, ids.cpu()) for suffix, ids in zip(suffixes, completions)]
         S_ids, S_positions, _ = self.pack(rows, [ends[b] for b in owners])
