@@ -84,6 +84,7 @@ class Sample:
     evidence: tuple[Evidence, ...] = ()
     source: str = ""
     clip: Clip | None = None
+    span: tuple[float, float] | None = None  # seconds of the file that are shown; None: all
 
 
 def load_samples(path, video_root):
@@ -225,31 +226,60 @@ def _evidence(item):
 # Decoding one file
 
 
-def decode(path, media_type, frames, max_pixels, factor):
+class Stills:
+    """A folder of numbered pictures, 3 a second (MVBench's TVQA), read as decord reads a video."""
+
+    def __init__(self, folder):
+        self.paths = sorted(Path(folder).glob("*.jpg"))
+        _require(self.paths, "the folder holds no .jpg")
+
+    def __len__(self):
+        return len(self.paths)
+
+    def get_avg_fps(self):
+        return 3.0
+
+    def get_batch(self, indices):
+        from PIL import Image
+        return torch.stack([torch.from_numpy(np.array(Image.open(self.paths[i]).convert("RGB")))
+                            for i in indices])
+
+    def get_frame_timestamp(self, indices):
+        return np.array([(i / 3, (i + 1) / 3) for i in indices])
+
+
+def decode(path, media_type, frames, max_pixels, factor, span=None):
     """Decode a file into a Clip of at most `frames` frames and max_pixels each; errors are raised.
 
     Times count from the first frame: the file's timestamps, or index / fps where it has none (avi).
+    span: the seconds (start, end) to take the frames from; times and indices stay the file's.
     """
     info = os.stat(path)
     _require(info.st_size or not stat.S_ISREG(info.st_mode), "the file is empty")
     if media_type == "image":
         return _decode_image(path, max_pixels, factor)
-    import decord  # nothing but decoding needs it
-    reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
+    if os.path.isdir(path):
+        reader = Stills(path)
+    else:
+        import decord  # nothing but decoding needs it
+        reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
     total, fps = len(reader), float(reader.get_avg_fps())
-    indices = frame_indices(total, frames)
+    first, last = (min(round(t * fps), total - 1) for t in span) if span else (0, total - 1)
+    total = last - first + 1
+    indices = [first + i for i in frame_indices(total, frames)]
     parts = []
     for i in range(0, len(indices), 8):  # 64 frames of a 4K film are 1.6 GB before resizing
-        frames_Fhwc = torch.from_numpy(reader.get_batch(indices[i:i + 8]).asnumpy())
+        batch = reader.get_batch(indices[i:i + 8])
+        frames_Fhwc = batch if torch.is_tensor(batch) else torch.from_numpy(batch.asnumpy())
         parts.append(resize(frames_Fhwc.permute(0, 3, 1, 2), max_pixels, factor))
-    spans = reader.get_frame_timestamp([*indices, total - 1]).astype(float)  # rows of start, end
+    spans = reader.get_frame_timestamp([*indices, last]).astype(float)  # rows of start, end
     times, duration = spans[:-1, 0], spans[-1, 1]  # counted from the first frame
     timed = duration > times[-1] and (np.diff(times) > 0).all()
     if not 0 < fps < math.inf:
         _require(timed, "the file has neither a frame rate nor timestamps")
         fps = total / float(duration)
     if not timed:
-        times, duration = np.array(indices) / fps, total / fps
+        times, duration = np.array(indices) / fps, (last + 1) / fps
     times = tuple(times.round(4).tolist())  # they were single precision
     return Clip(torch.cat(parts), times, tuple(indices), fps, round(float(duration), 4), total)
 
@@ -349,10 +379,10 @@ class FrameCache:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     @staticmethod
-    def key(path, media_type, frames, max_pixels, factor):
+    def key(path, *request):
         """An entry's name; a file with another mtime or size has another entry."""
         info = os.stat(path)
-        parts = [path, info.st_mtime_ns, info.st_size, media_type, frames, max_pixels, factor]
+        parts = [path, info.st_mtime_ns, info.st_size, *request]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32] + ".clip"
 
     def get(self, key):
@@ -496,6 +526,7 @@ class ClipLoader:
     def _load(self, sample, worker=None):
         """(clip, "cached" or "decoded") or (None, reason)."""
         request = (sample.media, sample.media_type, *self.limits[sample.media_type])
+        request += (sample.span,) if sample.span else ()
         try:
             key = FrameCache.key(*request)
         except OSError as error:
