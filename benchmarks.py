@@ -1,0 +1,631 @@
+"""The paper's eight benchmarks: what they ask, as their authors lay it out, and how they score it.
+
+    questions = load(config)                     of --benchmark, from --data; every row is checked
+    score("vsibench", questions, texts, "official")      name -> (share right, questions)
+    tally(questions, answers)                    missing, undecodable, unanswered, unreadable
+
+official   the benchmark's own rule, with as many letters as the question has options
+family     Video-R1's: the letter and nothing else inside <answer>, else in all of the output
+
+Nothing here imports torch. Departures from the authors: an empty or unreadable answer is wrong,
+never a random letter (LongVideoBench), never right (MVBench) and never left out (LVBench); MMVU's
+multiple choice goes by rule, not by judge; an answer that stands in <answer> is read there.
+"""
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from string import ascii_uppercase as LETTERS
+
+import numpy as np
+
+from reward import accuracy, check_gold, choice, mra, number, parse_answer
+
+TITLES = {"mmvu": "MMVU", "vsibench": "VSI-Bench", "videommmu": "VideoMMMU",
+          "holmes": "Video-Holmes", "longvideobench": "LongVideoBench", "lvbench": "LVBench",
+          "mvbench": "MVBench", "tempcompass": "TempCompass"}
+REASONING = tuple(TITLES)[:4]  # the paper's video reasoning benchmarks; the others are general ones
+CONVENTIONS = ("official", "family")
+
+
+# ---------------------------------------------------------------------------------------------
+# Questions
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a benchmark."""
+    id: str
+    text: str
+    options: tuple[str, ...]  # "A. red"; as many letters as there are
+    answer: str  # a letter, a number or a text
+    kind: str  # one of reward.KINDS
+    groups: tuple[str, ...] = ()  # the sub-scores that it counts for
+    media: str = ""
+    media_type: str = "video"
+    span: tuple[float, float] | None = None  # the seconds that are shown
+    evidence: tuple[dict, ...] = ()  # where to look, for the annotated teacher
+    accepted: tuple[str, ...] = ()  # what else the official rule reads: gold numbers, raw options
+    judged: bool = False  # only a judge can score it
+
+
+def load(config):
+    """All questions of a benchmark; ValueError where a row is not what the benchmark's rows are."""
+    loaders = {"mmvu": mmvu, "vsibench": vsibench, "videommmu": videommmu, "holmes": holmes,
+               "longvideobench": longvideobench, "lvbench": lvbench, "mvbench": mvbench,
+               "tempcompass": tempcompass, "family": family_json}
+    where = f"--data {config.data}"
+    try:
+        questions = loaders[config.benchmark](config, Videos(config.video_root))
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{where}: a row is not as in {config.benchmark}: "
+                         f"{type(error).__name__} {error}") from None
+    if not questions:
+        raise ValueError(f"{where} holds no questions of {config.benchmark}")
+    for q in questions:
+        try:
+            check_gold(q.kind, q.answer, () if q.judged else q.options)
+        except ValueError as error:
+            raise ValueError(f"sample {q.id}: {error}") from None
+    id, times = Counter(q.id for q in questions).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"{where}: {times} questions have the id {id}")
+    return questions
+
+
+class Videos:
+    """Where the files are: at a path below the root, or by their name alone."""
+
+    def __init__(self, root):
+        self.root = Path(root).absolute() if root else None
+        if root and not self.root.is_dir():
+            raise ValueError(f"--video_root {root} is not a folder")
+
+    def at(self, *paths):
+        """The first of the paths that exists below the root, its videos/ or video/."""
+        if self.root is None:
+            return paths[0]
+        tried = [base / path for path in paths
+                 for base in (self.root, self.root / "videos", self.root / "video")]
+        return str(next((path for path in tried if path.exists()), tried[0]))
+
+    def named(self, stem):
+        """The file of this name, wherever it is below the root."""
+        return self._stems.get(stem) or self.at(f"{stem}.mp4")
+
+    @cached_property
+    def _stems(self):
+        found = self.root.rglob("*") if self.root else ()
+        kinds = {".mp4", ".mkv", ".webm", ".avi", ".mov"}
+        return {path.stem: str(path) for path in sorted(found, reverse=True)
+                if path.suffix.lower() in kinds}
+
+
+def pick(data, *patterns):
+    """The question files: `data` itself, or a folder's, by the first pattern that finds any."""
+    path = Path(data)
+    if path.is_file():
+        return [path]
+    for pattern in patterns:
+        if found := sorted(path.glob(pattern)):
+            return found
+    raise ValueError(f"--data {data} is no file, nor a folder with {' or '.join(patterns)}")
+
+
+def read(path):
+    """What a JSON, JSON lines or parquet file holds."""
+    path = Path(path)
+    if path.suffix == ".parquet":
+        import pyarrow.parquet  # slow to import, and most benchmarks come as JSON
+        return pyarrow.parquet.read_table(path).to_pylist()
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        if path.suffix == ".json":
+            return json.loads(text)
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def rows(config, *patterns):
+    """The rows of all question files."""
+    return [row for path in pick(config.data, *patterns) for row in read(path)]
+
+
+def lettered(texts):
+    """Options with their letters: "A. red", also where they had them already."""
+    texts = [str(text).strip() for text in texts]
+    if texts and all(re.match(rf"\(?{x}[.):] ?", text) for x, text in zip(LETTERS, texts)):
+        texts = [re.sub(r"^\(?[A-Z][.):] ?", "", text) for text in texts]
+    return tuple(f"{LETTERS[i]}. {text}" for i, text in enumerate(texts))
+
+
+def split_options(text):
+    """A question and the options in its last lines, "A. red" or "(A) red"."""
+    stem, *parts = re.split(r"\n[ \t]*\(?([A-Z])[.)] ", text)
+    if not parts or "".join(parts[::2]) != LETTERS[:len(parts) // 2]:
+        return text, ()
+    return stem, lettered(parts[1::2])
+
+
+# ---------------------------------------------------------------------------------------------
+# Loaders: the layouts of the benchmarks' own repositories and hub pages
+
+DISCIPLINES = {  # of MMVU's subjects
+    subject: discipline for discipline, subjects in {
+        "Science": "Biology Chemistry Modern_Physics Astronomy Geography Materials_Science"
+                   " Neurobiology Electromagnetism Thermodynamics Mechanics",
+        "Engineering": "Civil_Engineering Electrical_Engineering Mechanical_Engineering"
+                       " Biomedical_Engineering Electronics_and_Communication Computer_Science",
+        "Healthcare": "Clinical_Medicine Basic_Medicine Preventive_Medicine Pharmacy Dentistry",
+        "Humanities and Social Science": "Art Literature History Law Economics Management",
+    }.items() for subject in subjects.split()}
+FACULTIES = {  # of Video-MMMU's subjects; the folders of its videos
+    subject: faculty for faculty, subjects in {
+        "Art": "Art Art_Theory Design Music",
+        "Science": "Biology Chemistry Geography Math Physics",
+        "Humanities": "History Literature Sociology Psychology",
+        "Engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics"
+                       " Energy_and_Power Materials Mechanical_Engineering",
+        "Medicine": "Basic_Medical_Science Clinical_Medicine Diagnostics_and_Laboratory_Medicine"
+                    " Pharmacy Public_Health",
+        "Business": "Accounting Economics Finance Manage Marketing",
+    }.items() for subject in subjects.split()}
+MVBENCH = {  # the folders of its tasks' videos
+    task: folder for folder, tasks in {
+        "star/Charades_v1_480": "action_sequence action_prediction object_interaction",
+        "sta/sta_video": "action_localization", "ssv2_video": "action_antonym",
+        "Moments_in_Time_Raw/videos": "fine_grained_action", "FunQA_test/test": "unexpected_action",
+        "clevrer/video_validation": "object_existence moving_direction moving_count"
+                                    " moving_attribute counterfactual_inference",
+        "perception/videos": "object_shuffle action_count state_change character_order",
+        "scene_qa/video": "scene_transition", "nturgbd": "fine_grained_pose",
+        "vlnqa": "egocentric_navigation", "tvqa/frames_fps3_hq": "episodic_reasoning",
+    }.items() for task in tasks.split()}
+BOUNDED = {"action_sequence", "action_prediction", "object_interaction", "action_localization",
+           "episodic_reasoning"}  # MVBench's tasks about some seconds of a video
+FORMATS = ("multi-choice", "yes_no", "caption_matching", "captioning")  # TempCompass' tasks
+
+
+def mmvu(config, videos):
+    """MMVU's validation set: 625 multiple choice and 375 open questions."""
+    questions = []
+    for row in rows(config, "validation.json", "data/validation.json", "**/validation*.parquet"):
+        path = row["video"].split("/main/")[-1]  # it is a URL
+        closed = row["question_type"] == "multiple-choice"
+        subject = path.split("/")[-2].replace(" ", "_")
+        questions.append(Question(
+            str(row["id"]), row["question"], lettered(row["choices"].values()) if closed else (),
+            row["answer"], "multiple choice" if closed else "free-form",
+            ("multiple choice" if closed else "open", DISCIPLINES.get(subject, subject)),
+            videos.at(path, path.removeprefix("videos/")), judged=not closed))
+    return questions
+
+
+def vsibench(config, videos):
+    """VSI-Bench's test set: six types of multiple choice in four tasks, four numerical tasks."""
+    questions = []
+    for row in rows(config, "test.jsonl", "**/test*.parquet"):
+        options, path = row["options"], f"{row['dataset']}/{row['scene_name']}.mp4"
+        task = re.sub("_(easy|medium|hard)$", "", row["question_type"])
+        questions.append(Question(
+            str(row["id"]), row["question"], lettered(options or ()), str(row["ground_truth"]),
+            "multiple choice" if options else "regression",
+            ("multiple choice" if options else "numerical",
+             *dict.fromkeys((task, row["question_type"]))), videos.at(path)))
+    return questions
+
+
+def videommmu(config, videos):
+    """Video-MMMU: 300 videos, each with a question of perception, comprehension and adaptation."""
+    questions = []
+    for path in pick(config.data, "data/*_video.json", "*_video.json", "*/*.parquet"):
+        found, track = read(path), path.parent.name
+        if isinstance(found, dict):  # the repository's copy: {"Perception": {"0": {...}}}
+            (track, found), = found.items()
+        for row in found.values() if isinstance(found, dict) else found:
+            if track == "Adaptation" or not config.question_only:
+                questions.append(_videommmu_question(row, track, videos, config.question_only))
+    return questions
+
+
+def _videommmu_question(row, track, videos, question_only):
+    id, options = row["id"], lettered(row.get("options") or ())
+    faculty = FACULTIES.get("_".join(id.split("_")[1:-1]), "other subjects")
+    golds = [gold.strip(" '\"[]") for gold in str(row["answer"]).split(",")] \
+        if str(row["answer"]).startswith("[") else [str(row["answer"]).strip()]
+    answer = next((gold for gold in golds if number(gold) is not None), golds[0])
+    if not options and re.fullmatch("[A-D]", answer):  # two rows: the options are in the picture
+        options = tuple(f"{letter}." for letter in "ABCD")
+    text = re.sub("(?i)<image 1>", "(the image at the end of the video)", row["question"])
+    kind = "multiple choice" if options else "free-form" if number(answer) is None else "numerical"
+    if track == "Adaptation" and not question_only:
+        text = "Apply what the video teaches to the question; its image ends the video.\n" + text
+    elif not question_only:
+        text += "\nA quiz shown in the last frame of the video is not part of this question."
+    path = f"question_only/{id}_image.mp4" if question_only else f"{faculty}/{id}.mp4"
+    return Question(f"{track}/{id}", text, options, answer, kind, (track, faculty),
+                    videos.at(path, Path(path).name), accepted=() if options else tuple(golds))
+
+
+def holmes(config, videos):
+    """Video-Holmes' test set; question ids restart with every video and may repeat even there."""
+    questions, seen = [], Counter()
+    for row in rows(config, "test_Video-Holmes.json", "**/test_Video-Holmes.json", "*test*.json"):
+        id = f"{row['video ID']}/{row['Question ID']}"
+        seen[id] += 1
+        questions.append(Question(
+            id if seen[id] == 1 else f"{id}#{seen[id]}", row["Question"],
+            lettered(text for _, text in sorted(row["Options"].items())), row["Answer"],
+            "multiple choice", (row["Question Type"],), videos.named(row["video ID"])))
+    return questions
+
+
+def longvideobench(config, videos):
+    """LongVideoBench's validation set; with --subtitles their lines go before the question."""
+    questions, folder = [], Path(config.data).parent
+    for row in rows(config, "lvb_val.json", "**/validation*.parquet"):
+        if "candidates" in row:
+            texts = row["candidates"]
+        else:  # parquet pads with N/A
+            texts = [row[f"option{i}"] for i in range(5) if row[f"option{i}"] not in ("N/A", None)]
+        text = row["question"]
+        if config.subtitles:
+            bases = (Path(config.data), folder, Path(config.video_root))
+            text = spoken(row, config.frames, [b / "subtitles" for b in bases]) + text
+        questions.append(Question(
+            str(row["id"]), text, lettered(texts), LETTERS[int(row["correct_choice"])],  # 0-based
+            "multiple choice", (f"{row['duration_group']} s", row["level"],
+                                row["question_category"]), videos.at(row["video_path"])))
+    return questions
+
+
+def spoken(row, frames, folders):
+    """The subtitles during which a frame is shown, as the authors choose them, with their times."""
+    path = next((f / row["subtitle_path"] for f in folders if (f / row["subtitle_path"]).exists()),
+                None)
+    if path is None:
+        raise ValueError(f"--subtitles: sample {row['id']} has no file {row['subtitle_path']} in "
+                         f"{' or '.join(map(str, folders))}")
+
+    def seconds(stamp):
+        parts = str(stamp).split(":")
+        return sum(float(part) * 60**i for i, part in enumerate(reversed(parts)))
+
+    shown, kept = np.linspace(0, row["duration"], frames), []
+    for line in read(path):
+        start, end = line["timestamp"] if "timestamp" in line else (line["start"], line["end"])
+        start, end = (row["duration"] if stamp is None else
+                      seconds(stamp) - row["starting_timestamp_for_subtitles"]
+                      for stamp in (start, end))
+        middle, half = (start + end) / 2, max(end - start, 1) / 2
+        if (abs(shown - middle) < half).any():
+            kept.append(f"[{middle:.0f} s] {line.get('line') or line.get('text')}")
+    return "\n".join(["Subtitles:", *kept, "", ""]) if kept else ""
+
+
+def lvbench(config, videos):
+    """LVBench: a line a video, options inside the question; or the mirror's row a question."""
+    questions = []
+    for video in rows(config, "video_info.meta.jsonl", "**/*.parquet"):
+        for row in video.get("qa") or [video]:
+            text, options = split_options(row["question"])
+            kinds = row.get("question_type") or ()
+            questions.append(Question(
+                str(row.get("uid", len(questions))), text, options or lettered(row["options"]),
+                row["answer"], "multiple choice", tuple([kinds] if isinstance(kinds, str) else kinds),
+                videos.at(row["video_path"]) if "video_path" in row else videos.named(video["key"]),
+                evidence=_reference(row.get("time_reference"))))
+    return questions
+
+
+def _reference(text):
+    """LVBench's "MM:SS-MM:SS", or with hours, as evidence: where the answer is, not an input."""
+    parts = re.findall(r"\d+(?::\d+)+", text or "")
+    times = [sum(int(n) * 60**i for i, n in enumerate(reversed(p.split(":")))) for p in parts]
+    return ({"start": min(times), "end": max(times)},) if len(times) == 2 else ()
+
+
+def mvbench(config, videos):
+    """MVBench's twenty tasks; answers are the options' texts, TVQA's videos folders of pictures."""
+    questions = []
+    for path in pick(config.data, "json/*.json", "*.json"):
+        task = path.stem
+        for i, row in enumerate(read(path)):
+            name, folder = row["video"], MVBENCH[task]
+            bounded = task in BOUNDED and not config.uncut
+            questions.append(Question(
+                f"{task}/{i}", row["question"], lettered(row["candidates"]),
+                LETTERS[row["candidates"].index(row["answer"])], "multiple choice", (task,),
+                videos.at(f"{folder}/{name}", f"{folder}/{Path(name).stem}.mp4"),
+                span=(row["start"], row["end"]) if bounded else None))
+    return questions
+
+
+def tempcompass(config, videos):
+    """TempCompass: four formats of questions, five aspects of time.
+
+    Yes or no and caption matching are asked with lettered options, so that one rule reads all.
+    """
+    found, mc = [], {}
+    for path in pick(config.data, "questions/*.json", "*/test*.parquet", "*.json"):
+        form = next((name for name in (path.stem, path.parent.name) if name in FORMATS), None)
+        for row in _tempcompass_rows(read(path)) if form else ():
+            found.append((form, row))
+            if form == "multi-choice":
+                mc.setdefault((row["video_id"], row["dim"]), row)
+    questions, seen = [], Counter()
+    for form, row in found:
+        place = form, row["video_id"], row["dim"]
+        first = mc.get(place[1:], {})  # the hub's captioning rows carry it along
+        q = _tempcompass_question(form, row, row.get("mc_question") or first.get("question"),
+                                  row.get("mc_answer") or first.get("answer"))
+        questions.append(replace(
+            q, id=f"{'/'.join(place)}/{seen[place]}", groups=(form, row["dim"],
+                                                              f"{form}, {row['dim']}"),
+            media=videos.at(f"{row['video_id']}.mp4")))
+        seen[place] += 1
+    return questions
+
+
+def _tempcompass_rows(found):
+    """Rows of the hub as they are; the repository's {video: {aspect: [...]}} as such rows."""
+    if isinstance(found, list):
+        return found
+    return [{**row, "video_id": video, "dim": aspect} for video, aspects in found.items()
+            for aspect, listed in aspects.items() for row in listed]
+
+
+def _tempcompass_question(form, row, mc_question, mc_answer):
+    text, answer = row["question"], row["answer"].strip()
+    if form == "captioning":
+        if not mc_question:
+            raise ValueError("--data: TempCompass' captioning is scored by its multi-choice "
+                             "questions, which are not there")
+        return Question("", text, (), mc_answer[0], "free-form", accepted=(mc_question,),
+                        judged=True)
+    if form == "yes_no":
+        return Question("", text, ("A. yes", "B. no"), "AB"[answer.lower().startswith("no")],
+                        "multiple choice")
+    if form == "multi-choice":
+        return Question("", *split_options(text), answer[0], "multiple choice")
+    lines = re.findall(r"(?m)^[ \t]*([A-Z]\w+ (?:\d|[A-Z])): *(.*\S)", text)  # Option 1, Caption A
+    gold = next(i for i, (label, _) in enumerate(lines) if answer.startswith(label))
+    return Question("", text[:text.index(lines[0][0])].strip(), lettered(t for _, t in lines),
+                    LETTERS[gold], "multiple choice",
+                    accepted=tuple(f"{label}: {t}" for label, t in lines))
+
+
+def family_json(config, videos):
+    """The Video-R1 family's evaluation JSON, one file a benchmark, uniform rows."""
+    questions, path = [], pick(config.data, "eval_*.json")[0]
+    found = read(path)
+    tasks = sorted(MVBENCH) if "mvbench" in path.stem and len(found) == 200 * len(MVBENCH) else ()
+    for i, row in enumerate(found):
+        parts = Path(row["path"]).parts  # "./Evaluation/MMVU/videos/..": any tail may be below root
+        kind = row["problem_type"]
+        group = tasks[i // 200] if tasks else row.get("original_question_type")
+        questions.append(Question(
+            str(row["problem_id"]), row["problem"],
+            tuple(row.get("options") or ()) if kind == "multiple choice" else (),
+            parse_answer(row["solution"], fallback=True) or "", kind, (group,) if group else (),
+            videos.at(*("/".join(parts[k:]) for k in range(len(parts)))),
+            evidence=tuple(row.get("evidence") or ())))
+    return questions
+
+
+# ---------------------------------------------------------------------------------------------
+# How right one answer is
+
+
+def value(benchmark, q, text, convention, verdicts=None):
+    """How right an answer is, in [0, 1]; None where only a judge could tell and none has.
+
+    verdicts: {question id: 0 or 1}, the judge's.
+    """
+    assert convention in CONVENTIONS, convention
+    if q.judged:
+        judged = verdicts if convention == "official" else None
+        return (judged.get(q.id) if text.strip() else 0.0) if judged else None
+    if not text.strip():
+        return 0.0
+    if convention == "family":
+        return _family(q, text)
+    rules = {"vsibench": _vsibench, "videommmu": _videommmu, "holmes": _holmes,
+             "longvideobench": _longvideobench, "lvbench": _lvbench, "mvbench": _mvbench,
+             "tempcompass": _tempcompass}
+    return rules.get(benchmark, _lenient)(q, text)
+
+
+def _said(text):
+    return parse_answer(text, fallback=True) or ""
+
+
+def _letters(q):
+    return LETTERS[:len(q.options)]
+
+
+def _family(q, text):
+    """Exact letters; numbers to two decimals; MRA with "<"."""
+    if q.kind == "regression":
+        return mra(number(_said(text)), number(q.answer), "<")
+    return accuracy(q.kind, text, q.answer, q.options, "strict", fallback=True)
+
+
+def _lenient(q, text):
+    """What a person takes for the answer: MMVU's and the family JSON's second convention."""
+    if q.kind == "regression":
+        return _vsibench(q, text)
+    return accuracy(q.kind, text, q.answer, q.options, "lenient", fallback=True)
+
+
+def _vsibench(q, text):
+    """The first word, its full stop aside: a letter, or a number for MRA with "<="."""
+    word = _said(text).split(" ")[0].rstrip(".").strip()
+    if q.kind == "regression":
+        return mra(number(word) if "," not in word else None, number(q.answer), "<=")
+    return float(word.upper() == q.answer)
+
+
+def _videommmu(q, text):
+    """MMMU's reading: a marked letter, the last of several; else an option's text, in that order.
+
+    For open questions a gold number, to two decimals, behind the last word like "is" or "answer".
+    """
+    said = _said(text)
+    if q.kind == "numerical":
+        tail = re.split(r"(?i)\b(?:is|are|answer|result|therefore|so|final)\b|[=:]", said)[-1]
+        found = {n and round(n, 2) for n in map(number, re.findall(r"-?\d[\d,]*\.?\d*", tail))}
+        golds = {gold: number(gold) for gold in q.accepted or (q.answer,)}
+        return float(any(tail.strip(" .") == gold if n is None else round(n, 2) in found
+                         for gold, n in golds.items()))
+    said = f" {said.strip(',.!?;: ')} "
+    texts = zip(_letters(q), (option[3:].lower() for option in q.options))
+    forms = [[(said.rfind(x + mark), x) for x in _letters(q) for mark in ".:"],
+             [(said.rfind(f"({x})"), x) for x in _letters(q)],
+             [(said.rfind(f"{x} "), x) for x in _letters(q)],
+             [(said.lower().rfind(t), x) for x, t in texts if t and len(said.split()) > 5]]
+    for places in forms:
+        place, letter = max(places, default=(-1, ""))
+        if place >= 0:
+            return float(letter == q.answer)
+    return 0.0
+
+
+def _holmes(q, text):
+    """The last <answer>; the first letter of A, B, … that is marked there, else that is there.
+
+    The rule prefers early letters: "Answer: C" is an A. Letters alone are read as they should be.
+    """
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, max(end, 0))
+    said = text[start + len("<answer>"):end].strip() if start >= 0 else text.strip()
+    marked = [x for x in _letters(q) if f"{x} " in said or f"{x}:" in said or f"[{x}" in said]
+    bare = [x for x in _letters(q) if x in said]
+    return float((marked or bare or [""])[0] == q.answer)
+
+
+def _longvideobench(q, text):
+    """The first capital that is one of the letters, phrases like "The answer is" taken out."""
+    said = re.sub(r"(?:The (?:best |correct )?(?:answer|option)(?: is)?|Best (?:answer|option):)",
+                  "", _said(text))
+    return float(next((c for c in said if c in _letters(q)), "") == q.answer)
+
+
+def _lvbench(q, text):
+    """The first character of what stands before ")" and behind "("."""
+    said = _said(text).partition(")")[0].rpartition("(")[2].strip()
+    return float(said[:1] == q.answer)
+
+
+def _mvbench(q, text):
+    """The first word, full stops aside, inside "(b)" or around it."""
+    word, gold = (_said(text).lower().split() or [""])[0].replace(".", ""), q.answer.lower()
+    return float(f"({gold})" in word or word in (gold, f"({gold}", f"{gold})"))
+
+
+def _tempcompass(q, text):
+    return float(_tempcompass_letter(q, _said(text)) == q.answer)
+
+
+def _tempcompass_letter(q, said):
+    """The option that is given by its letter or whole text, or as its format writes it."""
+    if q.options == ("A. yes", "B. no") and re.match("(?i)yes|no", said):
+        return "A" if said.lower().startswith("yes") else "B"
+    for i, option in enumerate(q.options):
+        names = {option[0], option, option[3:]}
+        if q.accepted:
+            label = q.accepted[i].partition(":")[0]
+            names |= {q.accepted[i], label, label.split()[-1]}
+        if said.rstrip(".") in {name.rstrip(".") for name in names} \
+                or re.match(rf"{option[0]}[.)]", said):
+            return option[0]
+    return None
+
+
+def readable(q, text):
+    """Whether an answer can be told from the text at all, right or wrong."""
+    said = _said(text)
+    if not said or q.kind not in ("multiple choice", "numerical", "regression"):
+        return bool(said)
+    if q.kind == "multiple choice":
+        return choice(said, q.options) is not None or bool(
+            q.accepted and _tempcompass_letter(q, said))
+    return number(said) is not None or number(said.split()[0].rstrip(".")) is not None
+
+
+# ---------------------------------------------------------------------------------------------
+# Scores of a benchmark
+
+
+def cell(benchmark, q, convention):
+    """Where a question counts: the headline is the mean over the first entries' means, and so on.
+
+    VSI-Bench: official over eight tasks, one of them over three types; family over two metrics.
+    TempCompass: official over formats. All others: over all questions.
+    """
+    if convention == "family":
+        return (q.kind == "regression",) if benchmark in ("vsibench", "family") else ()
+    return {"vsibench": q.groups[1:2] + q.groups[-1:], "tempcompass": q.groups[:1],
+            "videommmu": q.groups[:1]}.get(benchmark, ())
+
+
+def weights(cells):
+    """What each question counts for in the mean of means; they add up to 1."""
+    children = Counter(prefix[:-1] for prefix in
+                       {c[:depth] for c in cells for depth in range(1, len(c) + 1)})
+    counts = Counter(cells)
+    return np.array([1 / counts[c] / np.prod([children[c[:depth]] for depth in range(len(c))])
+                     for c in cells])
+
+
+def values(benchmark, questions, texts, convention, verdicts=None):
+    """The questions that the convention scores, each with its value; no text is a wrong answer."""
+    scored = ((q, value(benchmark, q, texts.get(q.id, ""), convention, verdicts))
+              for q in questions)
+    return [(q, v) for q, v in scored if v is not None]
+
+
+def score(benchmark, questions, texts, convention, verdicts=None):
+    """{name: (share right, questions)}: overall, over all questions alike, and every group's."""
+    scored = values(benchmark, questions, texts, convention, verdicts)
+
+    def mean(part, cells):
+        return float(np.dot(weights(cells), [v for _, v in part])), len(part)
+
+    cells = {q.id: cell(benchmark, q, convention) for q, _ in scored}
+    figures = {"overall": mean(scored, list(cells.values()))} if scored else {}
+    if len(set(cells.values())) > 1:
+        figures["over questions"] = mean(scored, [()] * len(scored))
+    for group in dict.fromkeys(group for q, _ in scored for group in q.groups):
+        part = [(q, v) for q, v in scored if group in q.groups]
+        figures[group] = mean(part, [cells[q.id] for q, _ in part])
+    return figures
+
+
+def tally(questions, answers):
+    """How many questions got no answer, and why; answers: {id: {"text", "error"}}."""
+    counts = dict.fromkeys(("questions", "missing", "undecodable", "unanswered", "unreadable",
+                            "without <answer>"), 0)
+    for q in questions:
+        row = answers.get(q.id)
+        counts["questions"] += 1
+        if row is None:
+            counts["unanswered"] += 1
+        elif row.get("error"):
+            counts[row["error"].partition(":")[0]] += 1
+        else:
+            counts["unreadable"] += not readable(q, row["text"])
+            counts["without <answer>"] += parse_answer(row["text"]) is None
+    return counts
+
+
+def knowledge(before, after):
+    """Δknowledge = (after − before) / (100 − before) · 100 of Video-MMMU, in percent.
+
+    Accuracies on Adaptation: `before` without the lecture (--question_only), `after` with it.
+    """
+    return 100.0 * (after - before) / (100.0 - before) if before < 100 else 0.0
