@@ -1,0 +1,319 @@
+"""What runs of evaluate.py leave, and what is printed about them: everything from files alone.
+
+    run = read_run("runs/mmvu-M-16-0")       settings, questions, answers, verdicts of one run
+    print(report(run))                       its figures by both conventions, the paper's beside
+    print(table(["runs", "--paper", "2"]))   rows of eight benchmarks: python evaluate.py table
+
+Shares are in 0..1 here and in percent where they are printed. Spread over seeds divides by n, which
+gives the paper's Table 17 from its seeds.
+"""
+
+import argparse
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from benchmarks import (CONVENTIONS, REASONING, TITLES, Question, cell, knowledge, readable, score,
+                        tally, values, weights)
+
+
+# ---------------------------------------------------------------------------------------------
+# The folder of a run
+
+
+@dataclass
+class Run:
+    """What a run left: settings, questions, and rows by question id."""
+    folder: Path
+    config: SimpleNamespace  # the flags, and `label`, how a table calls the run's row
+    questions: list[Question]
+    answers: dict
+    patched: dict
+    verdicts: dict
+
+
+def jsonl(path):
+    """The rows of an answer file; the last line may have been torn by a kill, none other."""
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
+    try:
+        return [json.loads(line) for line in whole.split("\n") if line.strip()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def merged(folder, name):
+    """Rows by id from the files of all processes; an answer takes the place of an error."""
+    found = {}
+    for path in sorted(folder.glob(f"{name}*.jsonl")):
+        for row in jsonl(path):
+            if not row.get("error") or row["id"] not in found:
+                found[row["id"]] = row
+    return found
+
+
+def read_run(folder):
+    """A run from its files; verdicts only on the answers that are still there."""
+    folder = Path(folder)
+    try:
+        config = SimpleNamespace(**json.loads((folder / "config.json").read_text()))
+        questions = [Question(**{name: tuple(v) if isinstance(v, list) else v
+                                 for name, v in row.items()})
+                     for row in jsonl(folder / "questions.jsonl")]
+    except (OSError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder} is no folder of a run: {error}") from None
+    answers = merged(folder, "answers")
+    verdicts = {id: row["verdict"] for id, row in merged(folder, "verdicts").items()
+                if row["of"] == digest(answers.get(id, {}).get("text", ""))}
+    return Run(folder, config, questions, answers, merged(folder, "patched"), verdicts)
+
+
+def digest(text):
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables
+
+
+def percent(x):
+    return "–" if x is None else f"{100 * x:.1f}"
+
+
+def markdown(head, body):
+    """A Markdown table; the first column is text, the others are numbers."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def texts_of(run, patched=False):
+    """Answers by id; with `patched`, the failed ones as they are with the teacher's patch."""
+    return {id: row["text"] for id, row in (run.answers | (run.patched if patched else {})).items()}
+
+
+def column(run):
+    """The benchmark whose column a run fills; a file of the family's is known by its name."""
+    if run.config.benchmark != "family":
+        return run.config.benchmark
+    stem = Path(run.config.data).stem.lower()
+    return next((b for b in TITLES if b in stem), {"eval_lvb": "longvideobench"}.get(stem))
+
+
+def overall(run, convention, patched=False):
+    """The headline of a run, None where the convention scores none of its questions."""
+    figures = score(run.config.benchmark, run.questions, texts_of(run, patched), convention,
+                    run.verdicts)
+    return figures["overall"][0] if figures else None
+
+
+def report(run):
+    """All figures of one run as Markdown: counts, both conventions, the paper's numbers."""
+    config, texts, counts = run.config, texts_of(run), tally(run.questions, run.answers)
+    gone = {q.id for q in run.questions
+            if q.id not in run.answers or run.answers[q.id].get("error")}
+    seen = [q for q in run.questions if q.id not in gone]
+    told = [q for q in seen if readable(q, texts[q.id])]
+
+    def figures(questions):
+        return [score(config.benchmark, questions, texts, c, run.verdicts) for c in CONVENTIONS]
+
+    official, family = figures(run.questions)
+    names = list(dict.fromkeys([*official, *family]))
+    body = [[name, *cells(official, name), *cells(family, name)] for name in names]
+    body[1:1] = [[label, *(part for f in figures(some) for part in cells(f, "overall"))]
+                 for label, some in (("overall, of those with a video and an answer", seen),
+                                     ("overall, of the readable ones among them", told))]
+    if run.patched:
+        body.append(["with the teacher's patch (upper bound)",
+                     *(part for c in CONVENTIONS for part in
+                       (percent(overall(run, c, patched=True)), str(len(run.patched))))])
+    title = f"{TITLES.get(column(run), config.benchmark)}, {config.label}, seed {config.seed}"
+    parts = [f"## {title}", ", ".join(f"{n} {name}" for name, n in counts.items()),
+             markdown(["", "official", "n", "family", "n"], body)]
+    unjudged = sum(q.judged and q.id not in run.verdicts and bool(texts.get(q.id)) for q in seen)
+    if unjudged:
+        parts.append(f"Left out of the official figures: {unjudged} answers that only a judge can "
+                     "score (--judge).")
+    if row := paper_line(column(run)):
+        parts.append(row)
+    return "\n\n".join(parts)
+
+
+def cells(figures, name):
+    """A figure and its number of questions, as cells."""
+    return (percent(figures[name][0]), str(figures[name][1])) if name in figures else ("–", "–")
+
+
+def paper():
+    return json.loads(Path(__file__).with_name("paper_tables.json").read_text(encoding="utf-8"))
+
+
+def paper_line(benchmark):
+    """The paper's Table 2 for one benchmark, in a line."""
+    found = paper()
+    if benchmark not in found["columns"]:
+        return ""
+    place = found["columns"].index(benchmark)
+    return "The paper's Table 2: " + " · ".join(
+        f"{name} {row[place]:g}" for name, row in found["tables"]["2"]["rows"].items()
+        if row[place] is not None)
+
+
+def find_runs(folders):
+    """The runs in the folders given, or one level below them."""
+    found = []
+    for folder in map(Path, folders):
+        inside = [folder] if (folder / "config.json").exists() else \
+            sorted(path.parent for path in folder.glob("*/config.json"))
+        if not inside:
+            raise ValueError(f"{folder} holds no run: there is no config.json")
+        found += map(read_run, inside)
+    return found
+
+
+def by_row(runs):
+    """{row's label: {benchmark: {seed: run}}}, --question_only runs apart as their own column."""
+    table = {}
+    for run in runs:
+        benchmark = column(run)
+        if benchmark is None:
+            raise ValueError(f"{run.folder}: cannot tell which benchmark {run.config.data} is")
+        key = f"{benchmark}, question only" if run.config.question_only else benchmark
+        seeds = table.setdefault(run.config.label, {}).setdefault(key, {})
+        if run.config.seed in seeds:
+            raise ValueError(f"{seeds[run.config.seed].folder} and {run.folder} are both "
+                             f"{benchmark} of {run.config.label} with seed {run.config.seed}")
+        seeds[run.config.seed] = run
+    return table
+
+
+def mean_std(xs):
+    """Mean and, of several, the standard deviation over them (divided by n, as in Table 17)."""
+    return percent(np.mean(xs)) + (f" ± {100 * np.std(xs):.1f}" if len(xs) > 1 else "")
+
+
+def table_row(label, columns):
+    """A row of eight benchmarks and two averages; columns: {benchmark: {seed: share right}}."""
+    row = [label] + [mean_std(list(columns[b].values())) if columns.get(b) else "–" for b in TITLES]
+    for part in (REASONING, tuple(TITLES)):
+        seeds = [set(columns.get(b, ())) for b in part]
+        if not all(seeds):
+            row.append("–")
+        elif all(s == seeds[0] for s in seeds):
+            row.append(mean_std([np.mean([columns[b][s] for b in part]) for s in sorted(seeds[0])]))
+        else:  # other seeds in other columns
+            row.append(percent(np.mean([np.mean(list(columns[b].values())) for b in part])))
+    return row
+
+
+def main_table(rows_, convention, numbers):
+    """The eight columns by one convention, the paper's tables of these numbers below."""
+    body = []
+    for label, columns in rows_.items():
+        for patched in (False, True):
+            found = {b: {seed: overall(run, convention, patched) for seed, run in seeds.items()
+                         if run.patched or not patched} for b, seeds in columns.items()}
+            found = {b: {seed: x for seed, x in seeds.items() if x is not None}
+                     for b, seeds in found.items()}
+            if any(found.values()):
+                body.append(table_row(label + " + patches (upper bound)" * patched, found))
+    for number in numbers:
+        for name, values_ in paper()["tables"][number]["rows"].items():
+            columns = {b: {0: x / 100} for b, x in zip(TITLES, values_) if x is not None}
+            body.append(table_row(f"paper, Table {number}: {name}", columns))
+    return markdown(["", *TITLES.values(), "average, reasoning", "average, all"], body)
+
+
+def difference(first, second, convention, resamples=2000):
+    """(mean of second − first, low, high, questions): a paired 95 % bootstrap interval.
+
+    first, second: {seed: run} of one benchmark; seeds are averaged for each question. Questions are
+    drawn anew within each cell of the headline, so that its weights stay.
+    """
+    shares = []
+    for runs in (first, second):
+        found = {}
+        for run in runs.values():
+            for q, v in values(run.config.benchmark, run.questions, texts_of(run), convention,
+                               run.verdicts):
+                found.setdefault(q.id, (q, []))[1].append(v)
+        shares.append(found)
+    both = [(q, np.mean(vs), np.mean(shares[1][id][1])) for id, (q, vs) in shares[0].items()
+            if id in shares[1]]
+    if not both:
+        return None
+    benchmark = next(iter(first.values())).config.benchmark
+    places = [cell(benchmark, q, convention) for q, _, _ in both]
+    change, weight = np.array([b - a for _, a, b in both]), weights(places)
+    rng, totals = np.random.default_rng(0), np.zeros(resamples)
+    for place in dict.fromkeys(places):
+        inside = np.array([p == place for p in places])
+        d, w = change[inside], weight[inside].sum()
+        totals += [w * d[rng.integers(0, len(d), len(d))].mean() for _ in range(resamples)]
+    low, high = np.percentile(totals, (2.5, 97.5))
+    return float(weight @ change), float(low), float(high), len(both)
+
+
+def comparison(rows_):
+    """Paired differences between the two rows of a table, benchmark by benchmark."""
+    (a, first), (b, second) = rows_.items()
+    body = []
+    for benchmark in (name for name in first if name in second):
+        for convention in CONVENTIONS:
+            found = difference(first[benchmark], second[benchmark], convention)
+            if found:
+                change, low, high, n = (100 * x for x in found)
+                body.append([f"{benchmark}, {convention}", f"{change:+.1f}",
+                             f"{low:+.1f} to {high:+.1f}", f"{n / 100:.0f}"])
+    return f"### {b} minus {a}\n\n" + markdown(["", "points", "95 % interval", "n"], body)
+
+
+def gained_knowledge(rows_):
+    """Lines on Δknowledge, where a row has Video-MMMU with and without the lecture."""
+    lines = []
+    for label, columns in rows_.items():
+        before, after = (columns.get(b, {}) for b in ("videommmu, question only", "videommmu"))
+        for seed in sorted(set(before) & set(after)):
+            track = [{q.id: v for q, v in values("videommmu", run.questions, texts_of(run),
+                                                 "official") if q.groups[0] == "Adaptation"}
+                     for run in (before[seed], after[seed])]
+            ids = [id for id in track[0] if id in track[1]]
+            wrong, right = ([id for id in ids if bool(track[0][id]) is r] for r in (False, True))
+            x, y = (100 * np.mean([part[id] for id in ids]) for part in track)
+            gained, lost = (np.mean([track[1][id] != track[0][id] for id in part] or [0])
+                            for part in (wrong, right))
+            lines.append(f"{label}, seed {seed}: Δknowledge {knowledge(x, y):+.1f} (Adaptation "
+                         f"{x:.1f} without the lecture, {y:.1f} with it; wrong to right "
+                         f"{percent(gained)} %, right to wrong {percent(lost)} %)")
+    return lines
+
+
+def table(argv):
+    """`table RUN... --paper`: Markdown over runs, from their files alone."""
+    parser = argparse.ArgumentParser(prog="evaluate.py table", allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", help="folders of runs, or folders of such folders")
+    parser.add_argument("--paper", nargs="?", const="2", default="", metavar="TABLES",
+                        help="add the paper's rows: Table 2, or these, as in 2,16,17")
+    parser.add_argument("--details", action="store_true", help="add every run's own figures")
+    options = parser.parse_args(argv)
+    numbers = [number for number in options.paper.split(",") if number]
+    for number in numbers:
+        if number not in paper()["tables"]:
+            raise ValueError(f"--paper {number}: there are Tables {', '.join(paper()['tables'])}")
+    runs = find_runs(options.runs)
+    rows_ = by_row(runs)
+    parts = [f"### {c}\n\n{main_table(rows_, c, numbers)}" for c in CONVENTIONS]
+    body = [[f"{label}, {benchmark}, seed {seed}", *map(str, tally(run.questions, run.answers)
+                                                        .values())]
+            for label, columns in rows_.items() for benchmark, seeds in columns.items()
+            for seed, run in seeds.items()]
+    parts.append("### answers\n\n" + markdown(["", *tally([], {})], body))
+    parts += gained_knowledge(rows_)
+    if len(rows_) == 2:
+        parts.append(comparison(rows_))
+    if options.details:
+        parts += map(report, runs)
+    return "\n\n".join(parts)

@@ -1,0 +1,339 @@
+"""evaluate.py and results.py as people run them: real processes, kills and files; a tiny student."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import evaluate
+import miniature
+import results
+import toy
+from benchmarks import TITLES, load
+from messages_server import Fault, MessagesServer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """The miniatures of all eight benchmarks and a random student."""
+    folder = miniature.make(tmp_path_factory.mktemp("world"))
+    toy.save_student(folder / "student", 0, pretrained=False)
+    (folder / "template.txt").write_text(toy.TEMPLATE)
+    return folder
+
+
+def flags(world, benchmark, output, **more):
+    root = world / ("lvb" if benchmark == "longvideobench" else benchmark)
+    given = dict(benchmark=benchmark, data=world / miniature.DATA[benchmark], video_root=root, model=world / "student",
+                 output=output, frames=4, max_pixels=56 * 56, max_completion=12, temperature=1.0, top_p=1.0, batch=2,
+                 template=world / "template.txt", decode_workers=0) | more
+    return [part for name, v in given.items() if v is not False and v is not None
+            for part in ([f"--{name}"] if v is True else [f"--{name}", str(v)])]
+
+
+def config(world, benchmark, output, **more):
+    return evaluate.parse(flags(world, benchmark, output, **more))
+
+
+def start(arguments, processes=1):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen([sys.executable, *launch, str(ROOT / "evaluate.py"), *map(str, arguments)], env=environment,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(process, code=0):
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == code, output + errors
+    return output
+
+
+def rows(folder, name="answers"):
+    return results.merged(Path(folder), name)
+
+
+@pytest.fixture(scope="session")
+def plain(world, tmp_path_factory):
+    """All eight, on one process."""
+    folder = tmp_path_factory.mktemp("plain")
+    for benchmark in TITLES:
+        evaluate.evaluate(config(world, benchmark, folder / benchmark))
+    return folder
+
+
+def test_all_eight_run_and_fill_the_table(world, plain):
+    """Catches: a benchmark that cannot be asked, a column that stays empty, an average over seven."""
+    for benchmark in TITLES:
+        questions = load(config(world, benchmark, "x"))
+        assert rows(plain / benchmark).keys() == {q.id for q in questions}
+        assert all(row["tokens"] >= 1 and "error" not in row for row in rows(plain / benchmark).values())
+    text = results.table([str(plain), "--paper", "2,16"])
+    lines = [line for line in text.splitlines() if line.startswith("| student, 4 frames, max_pixels 3136")]
+    cells = [cell.strip() for cell in lines[0].split("|")[2:-1]]
+    assert len(cells) == 10 and "–" not in cells
+    shares = [float(cell) for cell in cells]
+    assert shares[8] == pytest.approx(np.mean(shares[:4]), abs=0.11) and shares[9] == pytest.approx(np.mean(shares[:8]), abs=0.11)
+    assert "| paper, Table 2: Video-R1-SFT + FFR | 68.5 | 38.9 | 54.6 | 52.3 | 55.3 | 38.1 | 68.8 | 75.6 | 53.6 | 56.5 |" in text
+
+
+def test_two_processes_and_a_kill_come_to_the_same_table(world, plain, tmp_path):
+    """Catches: questions asked twice or never when processes share them, answers that depend on the batch or on how
+    many processes there are, a torn line that is continued or counted.
+    """
+    finish(start(flags(world, "vsibench", tmp_path / "two/vsibench"), processes=2))
+    assert {path.name for path in (tmp_path / "two/vsibench").glob("answers*")} == {"answers-0.jsonl", "answers-1.jsonl"}
+    assert rows(tmp_path / "two/vsibench") == rows(plain / "vsibench")
+
+    killed = tmp_path / "killed/vsibench"
+    process = start(flags(world, "vsibench", killed, batch=1, decode_workers=1, max_completion=12))
+    seen = ""
+    while " 3/12" not in seen:  # the bar shows that three are done
+        character = process.stderr.read(1)
+        assert character, seen
+        seen += character
+    process.send_signal(signal.SIGKILL)
+    finish(process, -signal.SIGKILL)
+    before = rows(killed)
+    assert 3 <= len(before) < 12
+    with open(killed / "answers.jsonl", "a") as file:
+        file.write('{"id": "11", "te')
+    assert rows(killed) == before
+    evaluate.evaluate(config(world, "vsibench", killed, resume=True))
+    assert rows(killed) == rows(plain / "vsibench")
+    assert len(results.jsonl(killed / "answers.jsonl")) == 12
+    tables = [results.table([str(path)]) for path in (killed, tmp_path / "two/vsibench", plain / "vsibench")]
+    assert tables[0] == tables[1] == tables[2]
+
+
+def test_a_run_split_over_two_processes_goes_on_with_one(world, plain, tmp_path):
+    """Catches: resuming that asks by position among what is left, or reads its own part file only."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for path in ("config.json", "questions.jsonl"):
+        (folder / path).write_text((plain / "vsibench" / path).read_text())
+    lines = (plain / "vsibench/answers.jsonl").read_text().splitlines(True)
+    (folder / "answers-0.jsonl").write_text("".join(lines[0:6:2]))
+    (folder / "answers-1.jsonl").write_text("".join(lines[1:4:2]) + '{"id"')
+    evaluate.evaluate(config(world, "vsibench", folder, resume=True))
+    assert rows(folder) == rows(plain / "vsibench") and len(results.jsonl(folder / "answers.jsonl")) == 7
+
+
+def test_other_seeds_answer_otherwise_and_other_settings_are_refused(world, plain, tmp_path):
+    """Catches: a seed that seeds nothing, two settings or two question files mixed in one run."""
+    evaluate.evaluate(config(world, "holmes", tmp_path / "run", seed=1))
+    assert rows(tmp_path / "run") != rows(plain / "holmes")
+    with pytest.raises(ValueError, match="already holds a run"):
+        evaluate.evaluate(config(world, "holmes", tmp_path / "run", seed=1))
+    with pytest.raises(ValueError, match="--seed 2: the run in .* has 1"):
+        evaluate.evaluate(config(world, "holmes", tmp_path / "run", seed=2, resume=True))
+    other = [json.loads(line) for line in (tmp_path / "run/questions.jsonl").read_text().splitlines()]
+    (tmp_path / "run/questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in other[:-1]))
+    with pytest.raises(ValueError, match="was about other questions"):
+        evaluate.evaluate(config(world, "holmes", tmp_path / "run", seed=1, resume=True))
+
+
+def test_missing_and_broken_videos_cost_their_questions_only(world, tmp_path, capsys):
+    """Catches: a missing video that leaves the denominator, a broken one that ends the run or its batch."""
+    root = tmp_path / "videos"
+    miniature.clip(root / "vidA.mp4", world / "source.mp4")
+    (root / "vidB.mp4").write_bytes((world / "source.mp4").read_bytes()[:200])
+    report = evaluate.evaluate(config(world, "holmes", tmp_path / "broken", video_root=root))
+    assert "4 questions, 0 missing, 2 undecodable, 0 unanswered" in report
+    assert rows(tmp_path / "broken")["vidB/1"]["error"].startswith("undecodable: ")
+    assert "| overall, of those with a video and an answer |" in report and "| overall | 0.0 | 4 | 0.0 | 4 |" in report
+    (root / "vidB.mp4").unlink()
+    report = evaluate.evaluate(config(world, "holmes", tmp_path / "gone", video_root=root))
+    assert "4 questions, 2 missing, 0 undecodable" in report and "2 of 4 questions have no video: vidB/1" in capsys.readouterr().err
+    miniature.clip(root / "vidB.mp4", world / "source.mp4")  # found again: they are asked now
+    report = evaluate.evaluate(config(world, "holmes", tmp_path / "gone", video_root=root, resume=True))
+    assert "4 questions, 0 missing, 0 undecodable, 0 unanswered" in report
+    with pytest.raises(ValueError, match="not one video was found.*--video_root"):
+        evaluate.evaluate(config(world, "holmes", tmp_path / "none", video_root=tmp_path / "broken"))
+
+
+def test_patches_are_an_upper_bound_of_their_own(world, tmp_path):
+    """Catches: repaired answers in the plain figures, patches for right answers or for no evidence."""
+    options = dict(output=tmp_path / "run")
+    before = evaluate.evaluate(config(world, "lvbench", **options))
+    report = evaluate.evaluate(config(world, "lvbench", **options, resume=True, with_patches="annotated"))
+    assert "upper bound" in report and "upper bound" not in before
+    assert {line for line in before.splitlines() if line.startswith("| overall")} <= set(report.splitlines())
+    patched = rows(tmp_path / "run", "patched")
+    assert patched.keys() == {"55", "56"} and {row["status"] for row in patched.values()} == {"patched"}
+    assert all(patched[id]["text"] != row["text"] for id, row in rows(tmp_path / "run").items())
+    assert "+ patches (upper bound)" in results.table([str(tmp_path / "run")])
+    run = results.read_run(tmp_path / "run")
+    run.patched["55"]["text"] = "<answer>D</answer>"
+    assert results.overall(run, "family") == 0.0 and results.overall(run, "family", patched=True) == 0.5
+
+
+def written(folder, config, questions, texts):
+    """A run's folder with these answers."""
+    config = replace(config, output=str(folder))
+    evaluate.open_run(config, questions)
+    (folder / "answers.jsonl").write_text("".join(json.dumps({"id": id, "text": text}) + "\n" for id, text in texts.items()))
+    return results.read_run(folder)
+
+
+def test_seeds_give_the_paper_s_mean_and_deviation(world):
+    """Catches: the deviation of a sample (n - 1), which is not the paper's; Table 17's own last row is the check."""
+    table = results.paper()["tables"]["17"]["rows"].values()
+    columns = {b: {i: row[k] / 100 for i, row in enumerate(table)} for k, b in enumerate(TITLES)}
+    cells = results.table_row("FFR", columns)[1:]
+    assert cells[:8] == ["68.8 ± 0.2", "38.7 ± 0.3", "54.8 ± 0.4", "51.9 ± 0.5", "55.6 ± 0.3", "38.0 ± 1.3", "68.7 ± 0.1", "75.6 ± 0.0"]
+    assert cells[9].startswith("56.5")
+
+
+def test_seeds_frames_and_averages_of_runs(world, tmp_path):
+    """Catches: runs of other frames or flags in one row, seeds that overwrite each other."""
+    questions = load(config(world, "holmes", "x"))
+    gold = {q.id: f"<answer>{q.answer}</answer>" for q in questions}
+    for frames, seed, k in ((16, 0, 2), (16, 1, 3), (32, 0, 4)):
+        texts = {id: text if i < k else "<answer>E</answer>" for i, (id, text) in enumerate(gold.items())}
+        written(tmp_path / f"{frames}-{seed}", config(world, "holmes", "x", frames=frames, seed=seed), questions, texts)
+    text = results.table([str(tmp_path)])
+    line = {frames: next(line for line in text.splitlines() if line.startswith(f"| student, {frames} frames")) for frames in (16, 32)}
+    assert "| 62.5 ± 12.5 |" in line[16] and "| 100.0 |" in line[32] and line[16].endswith("| – | – |")
+    assert "+37.5" in text and "minus" in text  # (0.5 + 0.75)/2 to 1
+    written(tmp_path / "again", config(world, "holmes", "x", frames=32, seed=0), questions, gold)
+    with pytest.raises(ValueError, match="are both holmes"):
+        results.table([str(tmp_path)])
+
+
+def test_paired_differences_hold_the_binomial_interval(world, tmp_path):
+    """Catches: an unpaired interval, one over seeds, a difference in the wrong direction, weights lost in resampling."""
+    questions = [replace(load(config(world, "holmes", "x"))[0], id=str(i), answer="C") for i in range(400)]
+    first = {str(i): "<answer>C</answer>" if i < 200 else "<answer>A</answer>" for i in range(400)}
+    second = {str(i): "<answer>C</answer>" if i < 240 else "<answer>A</answer>" for i in range(400)}
+    runs = [written(tmp_path / str(k), config(world, "holmes", "x", seed=k), questions, texts) for k, texts in enumerate((first, second))]
+    change, low, high, n = results.difference({0: runs[0]}, {0: runs[1]}, "family")
+    spread = 1.96 * np.sqrt(0.1 * 0.9 / 400)  # 40 of 400 changed, all the same way
+    assert (change, n) == (pytest.approx(0.1), 400)
+    assert low == pytest.approx(0.1 - spread, abs=0.004) and high == pytest.approx(0.1 + spread, abs=0.004)
+    assert results.difference({0: runs[1]}, {0: runs[0]}, "family")[0] == pytest.approx(-0.1)
+
+
+def test_knowledge_gained_is_computed_from_two_runs(world, tmp_path):
+    """Catches: Δknowledge over all tracks, or from the wrong side."""
+    for only, right in ((True, 1), (False, 3)):
+        given = config(world, "videommmu", "x", question_only=only)
+        questions = load(given)
+        adaptation = [q for q in questions if q.groups[0] == "Adaptation"]
+        texts = {q.id: f"<answer>{q.answer}</answer>" if i < right else "" for i, q in enumerate(adaptation)}
+        written(tmp_path / str(only), given, questions, texts)
+    assert "Δknowledge +50.0 (Adaptation 20.0 without the lecture, 60.0 with it; wrong to right 50.0 %, right to wrong 0.0 %)" \
+        in results.table([str(tmp_path)])
+
+
+def test_predictions_need_no_torch_and_answers_may_be_missing(world, tmp_path):
+    """Catches: torch imported to score a file, unknown ids dropped in silence, missing answers out of the denominator."""
+    lines = [{"id": "0", "text": "<answer>2</answer>"}, {"id": 5, "text": "A"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    given = ["--benchmark", "vsibench", "--data", str(world / miniature.DATA["vsibench"]), "--predictions", str(tmp_path / "p.jsonl")]
+    code = "import sys, evaluate; evaluate.main(sys.argv[1:]); assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    found = subprocess.run([sys.executable, "-c", code, *given], cwd=ROOT, text=True, capture_output=True)
+    assert found.returncode == 0, found.stderr
+    assert "12 questions, 0 missing, 0 undecodable, 10 unanswered" in found.stdout
+    assert "| over questions | 16.7 | 12 | 16.7 | 12 |" in found.stdout and "The paper's Table 2: GPT-4o 34" in found.stdout
+    evaluate.evaluate(evaluate.parse([*given, "--output", str(tmp_path / "run")]))
+    assert "| p (predictions) | – | 18.8 |" in results.table([str(tmp_path / "run")])  # 0.5 + 1 of eight tasks
+    (tmp_path / "p.jsonl").write_text('{"id": "x", "text": ""}\n')
+    with pytest.raises(ValueError, match="'x' is no question of vsibench; ids are like '0'"):
+        evaluate.evaluate(evaluate.parse(given))
+
+
+def text_of(body):
+    content = body["messages"][0]["content"]
+    return "\n".join(block["text"] for block in content if block["type"] == "text")
+
+
+def says(text):
+    return [{"type": "text", "text": text}]
+
+
+def test_an_api_model_is_asked_with_frames_and_only_once(world, tmp_path, monkeypatch):
+    """Catches: answers paid for twice, a failed request counted as a wrong answer, the key in a message."""
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "a-key-of-some-length")
+    failing = True
+
+    def script(body):
+        if failing and "Question 3?" in text_of(body):
+            return Fault(status=400, body='{"error": {"message": "no a-key-of-some-length"}}')
+        return says("<think>I see.</think><answer>A</answer>")
+
+    with MessagesServer(script) as server:
+        def given(**more):
+            return config(world, "vsibench", tmp_path / "run", model="anthropic:glm", api_url=server.url, **more)
+        report = evaluate.evaluate(given())
+        assert "11 unanswered" not in report and "1 unanswered" in report and len(server.seen) == 12
+        content = server.bodies[0]["messages"][0]["content"]
+        assert sum(block["type"] == "image" for block in content) == 4 and server.bodies[0]["model"] == "glm"
+        assert "Options:" in text_of(next(b for b in server.bodies if "Question 5?" in text_of(b)))
+        failing = False
+        report = evaluate.evaluate(given(resume=True))
+        assert " 0 unanswered" in report and len(server.seen) == 13
+        assert rows(tmp_path / "run")["5"] == {"id": "5", "text": "<think>I see.</think><answer>A</answer>", "tokens": 50}
+        assert "anthropic:glm" in results.table([str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("status, sentence", ((401, "refuses the key: set ANTHROPIC_API_KEY"), (404, "knows no model glm")))
+def test_what_fails_for_all_questions_ends_an_api_run_in_a_sentence(world, tmp_path, monkeypatch, status, sentence):
+    """Catches: 5,000 requests with a wrong key, a traceback that quotes it."""
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "a-key-of-some-length")
+    with MessagesServer(lambda body: Fault(status=status, body='{"error": {"message": "a-key-of-some-length"}}')) as server:
+        with pytest.raises(ValueError, match=sentence) as caught:
+            evaluate.evaluate(config(world, "holmes", tmp_path / "run", model="anthropic:glm", api_url=server.url))
+    assert "a-key" not in str(caught.value)
+    monkeypatch.delenv("ANTHROPIC_API_KEY")
+    with pytest.raises(ValueError, match="needs ANTHROPIC_API_KEY"):
+        evaluate.evaluate(config(world, "holmes", tmp_path / "run2", model="anthropic:glm"))
+
+
+def test_the_judge_scores_what_no_rule_can(world, tmp_path, monkeypatch):
+    """Catches: multiple choice sent to the judge, verdicts lost or kept for other answers, captions judged by wording."""
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "none")
+
+    def script(body):
+        text = text_of(body)
+        return says("B") if "Description: " in text else says("Yes." if "Answer: rubbing" in text else "no")
+
+    for benchmark, id, answer in (("mmvu", "validation_2", "rubbing"), ("tempcompass", "captioning/1021/action/0", "a lid goes down")):
+        path = tmp_path / f"{benchmark}.jsonl"
+        path.write_text(json.dumps({"id": id, "text": answer}) + "\n")
+        given = ["--benchmark", benchmark, "--data", str(world / miniature.DATA[benchmark]), "--predictions", str(path)]
+        assert "Left out of the official figures: 1 answers" in evaluate.evaluate(evaluate.parse(given))
+        with MessagesServer(script) as server:
+            judged = [*given, "--judge", "j", "--api_url", server.url, "--output", str(tmp_path / benchmark)]
+            report = evaluate.evaluate(evaluate.parse(judged))
+            assert len(server.seen) == 1 and "Left out" not in report
+        group = {"mmvu": "open", "tempcompass": "captioning"}[benchmark]
+        assert f"| {group} | 100.0 | 1 | – | – |" in report
+    path = tmp_path / "mmvu/answers.jsonl"
+    path.write_text(json.dumps({"id": "validation_2", "text": "another answer"}) + "\n")
+    assert results.read_run(tmp_path / "mmvu").verdicts == {}
+
+
+@pytest.mark.parametrize("given, sentence", (
+    (["--benchmrk", "mmvu"], "unrecognized arguments: --benchmrk"), (["--benchmark", "mmu"], "invalid choice"),
+    (["--benchmark", "mmvu"], "--data is missing"), (["--benchmark", "mmvu", "--data", "d"], "one of --model and --predictions"),
+    (["--benchmark", "mmvu", "--data", "d", "--model", "m"], "--video_root is missing"),
+    (["--benchmark", "mmvu", "--data", "d", "--model", "m", "--video_root", "v", "--frames", "15"], "--frames must be even"),
+    (["--benchmark", "mmvu", "--data", "d", "--model", "m", "--video_root", "v", "--top_p", "0"], "--top_p in (0, 1]"),
+    (["--benchmark", "mmvu", "--data", "d", "--model", "m", "--video_root", "v", "--subtitles"], "--subtitles is for --benchmark longvideobench"),
+    (["--benchmark", "mmvu", "--data", "d", "--model", "m", "--video_root", "nowhere"], "--video_root nowhere is not a folder"),
+    (["--benchmark", "mmvu", "--data", "d", "--predictions", "p", "--with_patches", "annotated"], "--with_patches needs a student"),
+    (["table", "nowhere"], "nowhere holds no run"), (["table", ".", "--paper", "99"], "there are Tables 2, 3")))
+def test_bad_flags_are_one_sentence(tmp_path, monkeypatch, capsys, given, sentence):
+    """Catches: a typo that runs with the default, a traceback, an error after the model has loaded."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main(given)
+    assert sentence in str(caught.value) + capsys.readouterr().err and caught.value.code != 0
