@@ -13,6 +13,7 @@ multiple choice goes by rule, not by judge; an answer that stands in <answer> is
 """
 
 import json
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -60,7 +61,7 @@ def load(config):
     where = f"--data {config.data}"
     try:
         questions = loaders[config.benchmark](config, Videos(config.video_root))
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, StopIteration) as error:
         raise ValueError(f"{where}: a row is not as in {config.benchmark}: "
                          f"{type(error).__name__} {error}") from None
     if not questions:
@@ -94,11 +95,12 @@ class Videos:
 
     def named(self, stem):
         """The file of this name, wherever it is below the root."""
-        return self._stems.get(stem) or self.at(f"{stem}.mp4")
+        return self.root and self._stems.get(stem) or self.at(f"{stem}.mp4")
 
     @cached_property
     def _stems(self):
-        found = self.root.rglob("*") if self.root else ()
+        found = (Path(folder, name) for folder, _, names in os.walk(self.root, followlinks=True)
+                 for name in names)
         kinds = {".mp4", ".mkv", ".webm", ".avi", ".mov"}
         return {path.stem: str(path) for path in sorted(found, reverse=True)
                 if path.suffix.lower() in kinds}

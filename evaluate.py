@@ -142,7 +142,7 @@ def open_run(config, questions):
     folder, written = Path(config.output), []
     for q in questions:
         row = {name: v for name, v in asdict(q).items() if name not in ("media", "evidence")}
-        written.append(json.dumps(row, ensure_ascii=False) + "\n")
+        written.append(json.dumps(row) + "\n")
     if (folder / "questions.jsonl").exists():
         if not config.resume:
             raise ValueError(f"--output {folder} already holds a run: add --resume to go on with "
@@ -151,12 +151,12 @@ def open_run(config, questions):
         for name, now in asdict(config).items():
             if name not in FREE and before[name] != now:
                 raise ValueError(f"--{name} {now}: the run in {folder} has {before[name]}")
-        if (folder / "questions.jsonl").read_text(encoding="utf-8") != "".join(written):
+        if (folder / "questions.jsonl").read_text() != "".join(written):
             raise ValueError(f"--data: the run in {folder} was about other questions")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(settings(config), indent=1))
     whole = folder / "questions.partial"  # renamed, so that the file is complete or absent
-    whole.write_text("".join(written), encoding="utf-8")
+    whole.write_text("".join(written))
     whole.rename(folder / "questions.jsonl")
 
 
@@ -167,9 +167,8 @@ class Lines:
         part = f"-{os.environ['RANK']}" if "RANK" in os.environ else ""
         path = Path(config.output) / f"{name}{part}.jsonl"
         if path.exists():  # a line that a kill has torn is not to be continued
-            path.write_text(path.read_text(encoding="utf-8").rpartition("\n")[0] + "\n" *
-                            bool(path.stat().st_size), encoding="utf-8")
-        self.file = open(path, "a", encoding="utf-8", buffering=1)
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        self.file = open(path, "a", buffering=1)
         self.benchmark, self.known, self.values = config.benchmark, known, []
         done = [q for q in mine if q.id in known and not known[q.id].get("error")]
         self.bar = tqdm(total=len(mine), desc=f"{config.benchmark} {name}",
@@ -487,9 +486,9 @@ def answer(config, questions):
     for q in mine:
         if q.id in absent and q.id not in known:
             write(q, error=f"missing: {q.media}")
-    left = [q for q in questions if q.id not in absent
-            and (q.id not in known or known[q.id].get("error"))]
-    todo = [q for q in mine if q in left]
+    left = {q.id for q in questions if q.id not in absent
+            and (q.id not in known or known[q.id].get("error"))}
+    todo = [q for q in mine if q.id in left]
     if is_api(config):
         report_failures("answer", answer_by_api(config, todo, write))
     elif left or config.with_patches:  # alike on every process: they share out the weights
