@@ -432,8 +432,6 @@ def value(benchmark, q, text, convention, verdicts=None):
     if q.judged:
         judged = verdicts if convention == "official" else None
         return (judged.get(q.id) if text.strip() else 0.0) if judged else None
-    if not text.strip():
-        return 0.0
     if convention == "family":
         return _family(q, text)
     rules = {"vsibench": _vsibench, "videommmu": _videommmu, "holmes": _holmes,

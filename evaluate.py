@@ -75,9 +75,10 @@ class Config:
     frame_cache: str = flag("", "folder of decoded frames; empty: none are kept")
 
 
-# Flags that do not change a plain answer, so that a run may go on with others.
+# Flags that do not change a plain answer, so that a run may go on with others; and a patched one.
 FREE = {"data", "video_root", "output", "resume", "batch", "with_patches", "evidence", "judge",
         "teacher_model", "api_url", "decode_workers", "decode_seconds", "frame_cache"}
+PATCHING = {"with_patches", "evidence", "teacher_model"}
 # Flags that name a row of the table; further ones are named where they are not the default.
 NAMING = ("max_pixels", "temperature", "top_p", "max_completion", "template", "subtitles", "uncut")
 
@@ -129,11 +130,10 @@ def settings(config):
 
     Model, frames, and the naming flags that are not at their defaults.
     """
-    name = config.model if is_api(config) else Path(config.model).name
     other = [f"{flag_} {getattr(config, flag_)}" for flag_ in NAMING
              if getattr(config, flag_) != getattr(Config, flag_)]
     label = f"{Path(config.predictions).stem} (predictions)" if config.predictions \
-        else ", ".join([name, f"{config.frames} frames", *other])
+        else ", ".join([config.model.rstrip("/"), f"{config.frames} frames", *other])
     return {**asdict(config), "label": label}
 
 
@@ -148,8 +148,9 @@ def open_run(config, questions):
             raise ValueError(f"--output {folder} already holds a run: add --resume to go on with "
                              "it, or name another folder")
         before = json.loads((folder / "config.json").read_text())
+        fixed = PATCHING if any(folder.glob("patched*.jsonl")) else set()
         for name, now in asdict(config).items():
-            if name not in FREE and before[name] != now:
+            if before[name] != now and (name not in FREE or name in fixed):
                 raise ValueError(f"--{name} {now}: the run in {folder} has {before[name]}")
         if (folder / "questions.jsonl").read_text() != "".join(written):
             raise ValueError(f"--data: the run in {folder} was about other questions")
@@ -209,7 +210,7 @@ def start_processes(config):
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
+    if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=30))
     name = ("bfloat16" if cuda else "float32") if config.dtype == "auto" else config.dtype
     return device, getattr(torch, name)

@@ -43,10 +43,10 @@ def config(world, benchmark, output, **more):
     return evaluate.parse(flags(world, benchmark, output, **more))
 
 
-def start(arguments, processes=1):
+def start(arguments, processes=1, script=ROOT / "evaluate.py"):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "0", "TQDM_MINITERS": "1"}
-    return subprocess.Popen([sys.executable, *launch, str(ROOT / "evaluate.py"), *map(str, arguments)], env=environment,
+    return subprocess.Popen([sys.executable, *launch, str(script), *map(str, arguments)], env=environment,
                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -76,7 +76,7 @@ def test_all_eight_run_and_fill_the_table(world, plain):
         assert rows(plain / benchmark).keys() == {q.id for q in questions}
         assert all(row["tokens"] >= 1 and "error" not in row for row in rows(plain / benchmark).values())
     text = results.table([str(plain), "--paper", "2,16"])
-    lines = [line for line in text.splitlines() if line.startswith("| student, 4 frames, max_pixels 3136")]
+    lines = [line for line in text.splitlines() if line.startswith(f"| {world / 'student'}, 4 frames, max_pixels 3136")]
     cells = [cell.strip() for cell in lines[0].split("|")[2:-1]]
     assert len(cells) == 10 and "–" not in cells
     shares = [float(cell) for cell in cells]
@@ -86,12 +86,19 @@ def test_all_eight_run_and_fill_the_table(world, plain):
 
 def test_two_processes_come_to_the_same_table(world, plain, tmp_path):
     """Catches: questions asked twice or never when processes share them, answers that depend on the batch or on how
-    many processes there are.
+    many processes there are, a process without questions that the others wait for.
     """
-    finish(start(flags(world, "vsibench", tmp_path / "run", batch=5), processes=2))
-    assert {path.name for path in (tmp_path / "run").glob("answers*")} == {"answers-0.jsonl", "answers-1.jsonl"}
-    assert rows(tmp_path / "run") == rows(plain / "vsibench")
-    assert results.table([str(tmp_path / "run")]) == results.table([str(plain / "vsibench")])
+    (tmp_path / "all.py").write_text(  # one after another, as starting two processes takes longer than all of them
+        f"import json, sys; sys.path.insert(0, {str(ROOT)!r}); import evaluate\n"
+        "for flags in json.load(open(sys.argv[1])): evaluate.evaluate(evaluate.parse(flags))\n")
+    (tmp_path / "flags.json").write_text(json.dumps([flags(world, b, tmp_path / "two" / b, batch=3) for b in TITLES]))
+    finish(start([tmp_path / "flags.json"], 2, tmp_path / "all.py"))
+    for benchmark in TITLES:
+        parts = {path.name for path in (tmp_path / "two" / benchmark).glob("answers*")}
+        lines = [row for part in parts for row in results.jsonl(tmp_path / "two" / benchmark / part)]
+        assert parts == {"answers-0.jsonl", "answers-1.jsonl"} and len(lines) == len(rows(plain / benchmark))
+        assert rows(tmp_path / "two" / benchmark) == rows(plain / benchmark)
+    assert results.table([str(tmp_path / "two")]) == results.table([str(plain)])
 
 
 def test_a_killed_run_resumes_to_the_same_table(world, plain, tmp_path):
@@ -168,6 +175,12 @@ def test_patches_are_an_upper_bound_of_their_own(world, tmp_path):
     """Catches: repaired answers in the plain figures, patches for right answers or for no evidence."""
     options = dict(output=tmp_path / "run")
     before = evaluate.evaluate(config(world, "lvbench", **options))
+    path = tmp_path / "run/answers.jsonl"
+    kept = path.read_text()
+    path.write_text(kept.replace(json.dumps(rows(tmp_path / "run")["56"]["text"]), '"<answer>A</answer>"'))  # 56 is right
+    evaluate.evaluate(config(world, "lvbench", **options, resume=True, with_patches="annotated"))
+    assert rows(tmp_path / "run", "patched").keys() == {"55"}
+    path.write_text(kept)
     report = evaluate.evaluate(config(world, "lvbench", **options, resume=True, with_patches="annotated"))
     assert "upper bound" in report and "upper bound" not in before
     assert {line for line in before.splitlines() if line.startswith("| overall")} <= set(report.splitlines())
@@ -175,6 +188,8 @@ def test_patches_are_an_upper_bound_of_their_own(world, tmp_path):
     assert patched.keys() == {"55", "56"} and {row["status"] for row in patched.values()} == {"patched"}
     assert all(patched[id]["text"] != row["text"] for id, row in rows(tmp_path / "run").items())
     assert "+ patches (upper bound)" in results.table([str(tmp_path / "run")])
+    with pytest.raises(ValueError, match="--evidence none: the run in .* has text"):
+        evaluate.evaluate(config(world, "lvbench", **options, resume=True, with_patches="annotated", evidence="none"))
     run = results.read_run(tmp_path / "run")
     run.patched["55"]["text"] = "<answer>D</answer>"
     assert results.overall(run, "family") == 0.0 and results.overall(run, "family", patched=True) == 0.5
@@ -205,7 +220,7 @@ def test_seeds_frames_and_averages_of_runs(world, tmp_path):
         texts = {id: text if i < k else "<answer>E</answer>" for i, (id, text) in enumerate(gold.items())}
         written(tmp_path / f"{frames}-{seed}", config(world, "holmes", "x", frames=frames, seed=seed), questions, texts)
     text = results.table([str(tmp_path)])
-    line = {frames: next(line for line in text.splitlines() if line.startswith(f"| student, {frames} frames")) for frames in (16, 32)}
+    line = {frames: next(line for line in text.splitlines() if line.startswith(f"| {world / 'student'}, {frames} frames")) for frames in (16, 32)}
     assert "| 62.5 ± 12.5 |" in line[16] and "| 100.0 |" in line[32] and line[16].endswith("| – | – |")
     assert "+37.5" in text and "minus" in text  # (0.5 + 0.75)/2 to 1
     written(tmp_path / "again", config(world, "holmes", "x", frames=32, seed=0), questions, gold)
