@@ -318,7 +318,8 @@ def lvbench(config, videos):
             kinds = row.get("question_type") or ()
             questions.append(Question(
                 str(row.get("uid", len(questions))), text, options or lettered(row["options"]),
-                row["answer"], "multiple choice", tuple([kinds] if isinstance(kinds, str) else kinds),
+                row["answer"], "multiple choice",
+                tuple([kinds] if isinstance(kinds, str) else kinds),
                 videos.at(row["video_path"]) if "video_path" in row else videos.named(video["key"]),
                 evidence=_reference(row.get("time_reference"))))
     return questions

@@ -34,6 +34,7 @@ from reward import choice, parse_answer
 
 
 def flag(default, text, choices=None):
+    """A field of Config with its help."""
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
@@ -224,6 +225,7 @@ def meet():
 
 
 def make_loader(config, factor):
+    """The decoder of the videos, for sides that are multiples of `factor`."""
     import data
     cache = data.FrameCache(config.frame_cache) if config.frame_cache else None
     return data.ClipLoader(config.frames, config.max_pixels, factor, cache=cache,
@@ -520,10 +522,12 @@ def passed(benchmark, q, text):
 
 
 def is_api(config):
+    """Whether the model is asked through the Messages API."""
     return config.model.startswith("anthropic:")
 
 
 def report_failures(what, failures):
+    """Say how many questions of this call still lack an answer or a verdict, and why."""
     if failures:
         print(f"{len(failures)} questions got no {what} ({failures[0]}); --resume asks them again",
               file=sys.stderr)

@@ -72,6 +72,7 @@ def read_run(folder):
 
 
 def digest(text):
+    """What a verdict is filed under, so that it holds for one answer only."""
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
 
@@ -80,6 +81,7 @@ def digest(text):
 
 
 def percent(x):
+    """A share in percent, a dash where there is none."""
     return "–" if x is None else f"{100 * x:.1f}"
 
 
@@ -102,20 +104,24 @@ def column(run):
     return next((b for b in TITLES if b in stem), {"eval_lvb": "longvideobench"}.get(stem))
 
 
-def overall(run, convention, patched=False):
-    """The headline of a run, None where the convention scores none of its questions."""
-    figures = score(run.config.benchmark, run.questions, texts_of(run, patched), convention,
-                    run.verdicts)
-    return figures["overall"][0] if figures else None
+def overall(run, convention, patched=False, questions=None):
+    """The headline of a run, None where the convention scores none of the questions."""
+    scored = values(run.config.benchmark, run.questions if questions is None else questions,
+                    texts_of(run, patched), convention, run.verdicts)
+    places = [cell(run.config.benchmark, q, convention) for q, _ in scored]
+    return float(weights(places) @ [v for _, v in scored]) if scored else None
+
+
+def seen(run):
+    """The questions whose video was there and that the model has answered, in whatever way."""
+    return [q for q in run.questions
+            if q.id in run.answers and not run.answers[q.id].get("error")]
 
 
 def report(run):
     """All figures of one run as Markdown: counts, both conventions, the paper's numbers."""
     config, texts, counts = run.config, texts_of(run), tally(run.questions, run.answers)
-    gone = {q.id for q in run.questions
-            if q.id not in run.answers or run.answers[q.id].get("error")}
-    seen = [q for q in run.questions if q.id not in gone]
-    told = [q for q in seen if readable(q, texts[q.id])]
+    told = [q for q in seen(run) if readable(q, texts[q.id])]
 
     def figures(questions):
         return [score(config.benchmark, questions, texts, c, run.verdicts) for c in CONVENTIONS]
@@ -124,17 +130,18 @@ def report(run):
     names = list(dict.fromkeys([*official, *family]))
     body = [[name, *cells(official, name), *cells(family, name)] for name in names]
     body[1:1] = [[label, *(part for f in figures(some) for part in cells(f, "overall"))]
-                 for label, some in (("overall, of those with a video and an answer", seen),
+                 for label, some in (("overall, of those with a video and an answer", seen(run)),
                                      ("overall, of the readable ones among them", told))]
     if run.patched:
-        body.append(["with the teacher's patch (upper bound)",
-                     *(part for c in CONVENTIONS for part in
-                       (percent(overall(run, c, patched=True)), str(len(run.patched))))])
+        body.append([f"upper bound: {len(run.patched)} failed ones again, with a patch",
+                     *(part for c, f in zip(CONVENTIONS, (official, family)) for part in
+                       (percent(overall(run, c, patched=True)), cells(f, "overall")[1]))])
     title = f"{TITLES.get(column(run), config.benchmark)}, {config.label}, seed {config.seed}"
     own = "lenient" if config.benchmark == "family" else "official"
     parts = [f"## {title}", ", ".join(f"{n} {name}" for name, n in counts.items()),
              markdown(["", own, "n", "family", "n"], body)]
-    unjudged = sum(q.judged and q.id not in run.verdicts and bool(texts.get(q.id)) for q in seen)
+    unjudged = sum(q.judged and q.id not in run.verdicts and bool(texts[q.id])
+                   for q in seen(run))
     if unjudged:
         parts.append(f"Left out of the official figures: {unjudged} answers that only a judge can "
                      "score (--judge).")
@@ -149,6 +156,7 @@ def cells(figures, name):
 
 
 def paper():
+    """The paper's tables: {"columns", "tables": {number: {"title", "rows"}}}."""
     return json.loads(Path(__file__).with_name("paper_tables.json").read_text(encoding="utf-8"))
 
 
@@ -307,11 +315,15 @@ def table(argv):
     runs = find_runs(options.runs)
     rows_ = by_row(runs)
     parts = [f"### {c}\n\n{main_table(rows_, c, numbers)}" for c in CONVENTIONS]
-    body = [[f"{label}, {benchmark}, seed {seed}", *map(str, tally(run.questions, run.answers)
-                                                        .values())]
+    body = [[f"{label}, {benchmark}, seed {seed}",
+             *map(str, tally(run.questions, run.answers).values()),
+             *(percent(overall(run, c, questions=some)) for c in CONVENTIONS
+               for some in (run.questions, seen(run)))]
             for label, columns in rows_.items() for benchmark, seeds in columns.items()
             for seed, run in seeds.items()]
-    parts.append("### answers\n\n" + markdown(["", *tally([], {})], body))
+    parts.append("### answers\n\n" + markdown(
+        ["", *tally([], {}), *(f"{c}{which}" for c in CONVENTIONS
+                               for which in ("", ", of those answered"))], body))
     parts += gained_knowledge(rows_)
     if len(rows_) == 2:
         parts.append(comparison(rows_))
