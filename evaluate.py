@@ -120,6 +120,11 @@ def check(config):
     require(not (config.with_patches and (api or config.predictions)),
             "--with_patches needs a student, --model with a checkpoint")
     require(not (api and "RANK" in os.environ), "--model anthropic: runs without torchrun")
+    asking = [flag_ for flag_, on in (("--model anthropic:", api), ("--judge", config.judge), (
+        "--with_patches anthropic", config.with_patches == "anthropic")) if on]
+    require(not asking or os.environ.get("ANTHROPIC_API_KEY"),
+            f"{' and '.join(asking)} needs ANTHROPIC_API_KEY to be set (any word will do for a "
+            "server of your own without keys)")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -371,10 +376,7 @@ class Client:
     def __init__(self, name, flag_name, url):
         import anthropic
         self.name, self.flag, self.where = name, flag_name, url or "the Anthropic API"
-        self.key = os.environ.get("ANTHROPIC_API_KEY", "")
-        if not self.key:
-            raise ValueError(f"{flag_name} needs ANTHROPIC_API_KEY to be set (any word will do for "
-                             "a server of your own without keys)")
+        self.key = os.environ["ANTHROPIC_API_KEY"]
         self.anthropic, self.server = anthropic, bool(url)
         self.client = anthropic.Anthropic(api_key=self.key, max_retries=4, timeout=180.0,
                                           base_url=re.sub(r"/v1/?$", "", url) or None)
@@ -402,7 +404,9 @@ class Client:
             reason = f"{type(error).__name__}: {error}"
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"the answer is no message: {error}"
-        return None, " ".join(reason.replace(self.key, "***").split())[:200]
+        if len(self.key) > 12:  # a shorter one is a made-up word, for a server without keys
+            reason = reason.replace(self.key, "***")
+        return None, " ".join(reason.split())[:200]
 
 
 def answer_by_api(config, questions, write):
@@ -589,7 +593,8 @@ def evaluate(config):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     try:
-        print(table(argv[1:]) if argv[:1] == ["table"] else evaluate(parse(argv)))
+        if text := table(argv[1:]) if argv[:1] == ["table"] else evaluate(parse(argv)):
+            print(text)
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
     finally:

@@ -279,14 +279,23 @@ def says(text):
     return [{"type": "text", "text": text}]
 
 
+def test_the_key_is_in_no_message(world, tmp_path, monkeypatch, capsys):
+    """Catches: a server's error that quotes the key, printed."""
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "a-key-of-some-length")
+    with MessagesServer(lambda body: Fault(status=400, body='{"error": {"message": "no a-key-of-some-length"}}')) as server:
+        evaluate.evaluate(config(world, "holmes", tmp_path / "run", model="anthropic:glm", api_url=server.url))
+    said = capsys.readouterr().err
+    assert "4 questions got no answer (BadRequestError" in said and "no ***" in said and "a-key" not in said
+
+
 def test_an_api_model_is_asked_with_frames_and_only_once(world, tmp_path, monkeypatch):
-    """Catches: answers paid for twice, a failed request counted as a wrong answer, the key in a message."""
+    """Catches: answers paid for twice, a failed request counted as a wrong answer."""
     monkeypatch.setenv("ANTHROPIC_API_KEY", "a-key-of-some-length")
     failing = True
 
     def script(body):
         if failing and "Question 3?" in text_of(body):
-            return Fault(status=400, body='{"error": {"message": "no a-key-of-some-length"}}')
+            return Fault(status=400, body='{"error": {"message": "no"}}')
         return says("<think>I see.</think><answer>A</answer>")
 
     with MessagesServer(script) as server:
@@ -313,8 +322,10 @@ def test_what_fails_for_all_questions_ends_an_api_run_in_a_sentence(world, tmp_p
             evaluate.evaluate(config(world, "holmes", tmp_path / "run", model="anthropic:glm", api_url=server.url))
     assert "a-key" not in str(caught.value)
     monkeypatch.delenv("ANTHROPIC_API_KEY")
-    with pytest.raises(ValueError, match="needs ANTHROPIC_API_KEY"):
-        evaluate.evaluate(config(world, "holmes", tmp_path / "run2", model="anthropic:glm"))
+    for more in (dict(model="anthropic:glm"), dict(judge="j"), dict(with_patches="anthropic")):
+        with pytest.raises(ValueError, match="needs ANTHROPIC_API_KEY"):
+            evaluate.evaluate(config(world, "holmes", tmp_path / "run2", **more))
+    assert not (tmp_path / "run2").exists()
 
 
 def test_the_judge_scores_what_no_rule_can(world, tmp_path, monkeypatch):
