@@ -56,6 +56,8 @@ class Slot:
     reward: float = 0.0  # R̃_i
     advantage: float = 0.0  # Â_i
     trained: Rollout | None = None  # the rollout whose tokens carry the loss, if any
+    off_policy: bool = False  # `first` is somebody's trace, not this step's own try
+    note: Any = None  # what one of methods.py keeps about it
 
     @property
     def chosen(self):
@@ -69,6 +71,7 @@ class Group:
     sample: Any
     prefix: Any  # the segment x = [system, video, question]
     slots: list[Slot] = field(default_factory=list)
+    note: Any = None  # what one of methods.py keeps about it
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,10 @@ def find(student, cache, groups, header, score, diagnose, key, rollouts, samplin
     A failed try goes to the teacher the moment it has ended, while other rows are being sampled.
     score(sample, text) -> (accuracy, format, exact): exact kinds pass at 1, graded at the mark.
     diagnose(sample, text) -> future of a diagnosis (with .patch); None where nobody teaches.
+    rollouts: G, or a number for each group.
     """
-    owners = [b for b in range(len(groups)) for _ in range(rollouts)]
+    counts = rollouts if isinstance(rollouts, list) else [rollouts] * len(groups)
+    owners = [b for b, count in enumerate(counts) for _ in range(count)]
     slots = [None] * len(owners)
 
     def verify(n, completion):
@@ -110,12 +115,12 @@ def find(student, cache, groups, header, score, diagnose, key, rollouts, samplin
         ask = diagnose is not None and not first.correct
         slots[n] = Slot(first, diagnose(sample, first.text) if ask else None)
 
-    uniforms = [noise(f"{key}/{group.sample.id}/find", rollouts, sampling.max_completion)
-                for group in groups]
+    uniforms = [noise(f"{key}/{group.sample.id}/find", count, sampling.max_completion)
+                for group, count in zip(groups, counts)]
     student.sample(cache, [header] * len(owners), owners, torch.cat(uniforms),
                    sampling.max_completion, sampling.temperature, sampling.top_p, done=verify)
     for b, group in enumerate(groups):
-        group.slots = slots[b * rollouts:(b + 1) * rollouts]
+        group.slots = [slot for slot, owner in zip(slots, owners) if owner == b]
 
 
 def fix(groups):
@@ -187,22 +192,26 @@ def reward(slot, kappa, alignment_weight=0.0):
     return value
 
 
-def advantages(rewards_G):
-    """Â_i = (R̃_i − mean_j R̃_j) / (std_j R̃_j + δ), unbiased std  (Eq. 9); all equal: zeros."""
+def advantages(rewards_G, std=True):
+    """Â_i = (R̃_i − mean_j R̃_j) / (std_j R̃_j + δ), unbiased std  (Eq. 9); all equal: zeros.
+
+    Without `std` only the mean is taken off (Dr. GRPO).
+    """
     rewards_G = torch.as_tensor(rewards_G, dtype=torch.float64)
     if len(rewards_G) < 2 or bool((rewards_G == rewards_G[0]).all()):
         return torch.zeros(len(rewards_G))
-    return ((rewards_G - rewards_G.mean()) / (rewards_G.std() + DELTA)).float()
+    return ((rewards_G - rewards_G.mean()) / (rewards_G.std() + DELTA if std else 1)).float()
 
 
-def credit(groups, kappa, alignment_weight=0.0, select="slot", train_on="chosen"):
-    """Eq. 7 to 9 for every group: rewards, advantages, and whose tokens are trained."""
+def credit(groups, kappa, alignment_weight=0.0, select="slot", train_on="chosen", std=True,
+           value=reward):
+    """Eq. 7 to 9 for every group: rewards by `value`, advantages, and whose tokens are trained."""
     for group in groups:
         for slot in group.slots:
-            slot.reward = reward(slot, kappa, alignment_weight)
-        values = advantages([slot.reward for slot in group.slots])
-        for slot, value in zip(group.slots, values.tolist()):
-            slot.advantage = value
+            slot.reward = value(slot, kappa, alignment_weight)
+        values = advantages([slot.reward for slot in group.slots], std)
+        for slot, advantage in zip(group.slots, values.tolist()):
+            slot.advantage = advantage
         choose(group, select, train_on)
 
 
@@ -216,7 +225,7 @@ class MicroBatch:
     tokens.
 
     weight_T: what one token's objective counts for; zero throughout for the filler that keeps ranks
-    in step.
+    in step. members: group and slot of each rollout; a filler has none.
     """
     prefixes: list
     suffixes: list
@@ -225,7 +234,7 @@ class MicroBatch:
     old_logp_T: Tensor
     advantage_T: Tensor
     weight_T: Tensor
-    sample_ids: list[str]
+    members: list[tuple[Group, Slot]]
     ref_logp_T: Tensor | None = None
 
 
@@ -263,35 +272,44 @@ def _micro_batch(groups, part, token_weight):
         old_logp_T=torch.cat([rollout.old_logp_C for rollout in trained]),
         advantage_T=advantages.repeat_interleave(lengths),
         weight_T=weights.repeat_interleave(lengths),
-        sample_ids=[groups[g].sample.id for g in present])
+        members=[(groups[g], slot) for g, slot in part])
 
 
-def token_weights(loss_norm, tokens, rollouts):
-    """Weight of a rollout's tokens: 1/Σ_i|τ̂_i| ("token", Eq. 11), 1/(n |τ̂_i|) ("sequence", R1-V).
+def token_weights(loss_norm, tokens, rollouts, max_completion=0):
+    """Weight of a rollout's tokens: 1/Σ_i|τ̂_i| ("token", Eq. 11), 1/(n |τ̂_i|) ("sequence", R1-V),
+    1/(n L_max) ("constant", Dr. GRPO).
 
     tokens, rollouts: how many are trained in the whole step, over all ranks and micro-batches.
     """
     if loss_norm == "token":
         return lambda rollout: 1.0 / max(tokens, 1)
+    if loss_norm == "constant":
+        return lambda rollout: 1.0 / (max(rollouts, 1) * max_completion)
     return lambda rollout: 1.0 / (max(rollouts, 1) * len(rollout.ids_C))
 
 
-def loss(logp_T, batch, clip_low, clip_high, beta):
+def clip(log_ratio_T, advantage_T, batch, clip_low, clip_high):
+    """CLIP(r, Â, ε) = min(r Â, clip(r, 1 − ε_low, 1 + ε_high) Â)  (Eq. 10); sums for the logs."""
+    ratio_T = log_ratio_T.exp()
+    clipped_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
+    bound = (clipped_T * advantage_T < ratio_T * advantage_T).sum().item()
+    return (torch.min(ratio_T * advantage_T, clipped_T * advantage_T),
+            {"clipped": bound, "mismatch": log_ratio_T.abs().sum().item()})
+
+
+def loss(logp_T, batch, clip_low, clip_high, beta, surrogate=clip):
     """−J = −Σ_t w_t [ CLIP(r_t, Â_t, ε) − β KL_t ]  (Eq. 10, 11), w_t = 1/Σ_i|τ̂_i|.
 
     r_t = π_θ(τ̂_t | x̂, τ̂_<t) / π_old(same): `logp_T` and the batch's old_logp_T are of the same
-    observation x̂. CLIP(r, Â, ε) = min(r Â, clip(r, 1 − ε_low, 1 + ε_high) Â).
+    observation x̂. surrogate: CLIP, or what a method of methods.py has in its place.
     KL_t = exp(d) − d − 1 with d = log π_ref − log π_θ (k3), unbiased for KL[π_θ ‖ π_ref].
     Returns the loss and a dict of sums over tokens, for the logs.
     """
     assert logp_T.shape == batch.old_logp_T.shape == batch.advantage_T.shape == batch.weight_T.shape
     advantage_T, weight_T = batch.advantage_T.to(logp_T.device), batch.weight_T.to(logp_T.device)
     log_ratio_T = logp_T - batch.old_logp_T.to(logp_T.device)
-    ratio_T = log_ratio_T.exp()
-    clipped_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
-    objective_T = torch.min(ratio_T * advantage_T, clipped_T * advantage_T)
-    sums = {"tokens": float(len(logp_T)), "mismatch": log_ratio_T.abs().sum().item(),
-            "clipped": (clipped_T * advantage_T < ratio_T * advantage_T).sum().item()}
+    objective_T, sums = surrogate(log_ratio_T, advantage_T, batch, clip_low, clip_high)
+    sums["tokens"] = float(len(logp_T))
     if batch.ref_logp_T is not None:
         d_T = (batch.ref_logp_T.to(logp_T.device) - logp_T).clamp(-KL_CLAMP, KL_CLAMP)
         kl_T = d_T.exp() - d_T - 1
@@ -308,7 +326,7 @@ def measure(groups):
     """Sums and counts of a step, name -> [sum, count], so that ranks can be added up before
     dividing.
     """
-    slots = [slot for group in groups for slot in group.slots]
+    slots = [slot for group in groups for slot in group.slots if not slot.off_policy]
     repaired = [slot for slot in slots if slot.repair is not None]
     mended = sum(slot.repair.correct for slot in repaired)
     totals = {
