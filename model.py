@@ -314,9 +314,9 @@ class Student(nn.Module):
 
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32, attention="auto", trainable=True,
-             freeze_vision=False, recompute=False):
-        """Load a checkpoint folder or hub name; weights in fp32 where they are trained, else in
-        `dtype`.
+             freeze_vision=False, recompute=False, master=False):
+        """Load a checkpoint folder or hub name; weights in fp32 where they are trained (`master`: or
+        an average, whose steps bfloat16 would lose), else in `dtype`.
 
         attention: auto | flash | sdpa. recompute: activation checkpointing of every block in
         training.
@@ -333,10 +333,10 @@ class Student(nn.Module):
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train(trainable)
         student = cls(model, AutoProcessor.from_pretrained(path), trainable, freeze_vision)
-        weights = torch.float32 if trainable else dtype
+        weights = torch.float32 if trainable or master else dtype
         if dist.is_initialized():
             return shard(student, torch.device(device), weights, dtype)
-        if trainable and dtype != torch.float32:
+        if weights != dtype:
             raise ValueError("bfloat16 training keeps fp32 master weights through FSDP: initialise "
                              "torch.distributed first")
         return student.to(device, weights)
@@ -395,14 +395,14 @@ class Student(nn.Module):
     # -- scoring
 
     def forward(self, prefixes, suffixes, owners, completions, temperature=1.0, entropy=False,
-                features=None):
+                features=None, support=None):
         """log π(completion | prefix, suffix) of every completion token, over the packed tree.
 
         prefixes: B segments; suffixes: N segments (header, or patch and header); owners: N prefix
         indices;
         completions: N id tensors [C_n]. Returns logp [sum C_n] in fp32, suffixes in order, and the
         entropy of the same distributions (no gradient; None unless asked for). Only completion
-        tokens get logits.
+        tokens get logits. With `support` instead: see _score_among.
         """
         assert len(suffixes) == len(owners) == len(completions)
         lengths = [len(p.ids) for p in prefixes]
@@ -420,6 +420,11 @@ class Student(nn.Module):
         hidden_CD = hidden_TD[torch.cat(index).to(self.device)]
         targets_C = torch.cat([c.to(self.device) for c in completions])
         head = self.model.lm_head.weight
+        if support is not None:
+            parts = [self._score_among(hidden_CD[part], targets_C[part], temperature,
+                                       support if isinstance(support, int) else support[part])
+                     for part in _chunks(len(hidden_CD), len(head))]
+            return tuple(torch.cat(x) for x in zip(*parts))
         logp_C, entropy_C = TokenLogp.apply(hidden_CD, head, targets_C, temperature or 1.0, entropy)
         return logp_C, entropy_C if entropy else None
 
@@ -434,6 +439,19 @@ class Student(nn.Module):
             return features
         return Features(torch.cat([features.embeddings, more.embeddings]),
                         [torch.cat(pair) for pair in zip(features.deepstack, more.deepstack)])
+
+    def _score_among(self, hidden_CD, targets_C, temperature, support):
+        """log π of the targets renormalised over a support and themselves [C]; the support [C, K].
+
+        support: ids [C, K], or K for the K likeliest tokens of each place.
+        """
+        logits_CV = self.logits(hidden_CD, temperature)
+        if isinstance(support, int):
+            support = logits_CV.topk(min(support, logits_CV.shape[-1]), dim=-1).indices
+        target_C1 = logits_CV.gather(-1, targets_C[:, None])
+        itself_CK = support == targets_C[:, None]  # counts once
+        other_CK = logits_CV.gather(-1, support).masked_fill(itself_CK, float("-inf")) - target_C1
+        return -F.pad(other_CK, (0, 1)).logsumexp(-1), support
 
     # -- sampling
 
@@ -539,6 +557,16 @@ class Student(nn.Module):
                 part.reshard()
             if parts:
                 self.set_reshard_after_forward(True)
+
+    @torch.no_grad()
+    def follow(self, other, rate):
+        """θ ← θ + μ (θ_other − θ), each rank its own shard; μ = `rate`, 1 for a copy."""
+        for part in [*self.modules(), *other.modules()]:
+            if isinstance(part, FSDPModule):
+                part.reshard()
+        for mine, theirs in zip(self.parameters(), other.parameters(), strict=True):
+            mine, theirs = (p.to_local() if hasattr(p, "to_local") else p for p in (mine, theirs))
+            mine.lerp_(theirs, rate)
 
     def save(self, folder, dtype=None):
         """Write a Hugging Face checkpoint (weights, config, tokenizer, processor); every rank must
