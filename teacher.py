@@ -493,7 +493,7 @@ def _is_statement(clause: str) -> bool:
 # --- teachers -------------------------------------------------------------------------------------
 
 STATS = (
-    "calls patched leaks failures over_budget mended requests retries cached tool_calls"
+    "calls patched answered leaks failures over_budget mended requests retries cached tool_calls"
     " input_tokens cache_write_tokens cache_read_tokens output_tokens dollars"
 ).split()
 ENDS = {"patched": "patched", "refused": "leaks", "failed": "failures", "budget": "over_budget"}
@@ -502,7 +502,8 @@ ENDS = {"patched": "patched", "refused": "leaks", "failed": "failures", "budget"
 class Teacher:
     """What the training loop asks of a teacher: `diagnose_full`, and here the rest.
 
-    calls = patched + leaks + failures + over_budget, where leaks counts refused diagnoses.
+    calls = patched + answered + leaks + failures + over_budget, where leaks counts refused
+    diagnoses and answered what `ask` brought.
     """
 
     def __init__(self):
@@ -516,6 +517,17 @@ class Teacher:
         """Return a future of the Diagnosis."""
         future = Future()
         future.set_result(self.diagnose_full(sample, response))
+        return future
+
+    def ask(self, task: str, sample, response: str = "") -> Future:
+        """Return a future of something else than a patch, None where it fails; one of TASKS.
+
+        judge      a score of the response in [0, 1]
+        feedback   a few sentences on the response that its author must not read
+        trace      a response to imitate: reasoning and answer in their tags
+        """
+        future = Future()
+        future.set_result(self.tell(task, sample, response))
         return future
 
     def stats(self) -> dict:
@@ -550,9 +562,37 @@ class Annotated(Teacher):
                      a box and the response names the right range (or there is one image only);
                      temporal: all else
         """
+        return self._counted(self._diagnosis(sample, response))
+
+    def tell(self, task: str, sample, response: str):
+        """Return what TASKS asks for, by rule.
+
+        judge      0.6 for the gold answer, 0.2 for a rationale that refers to the evidence, 0.2 for
+                   one that holds the answer given
+        feedback   whether the answer is right, there, and where the evidence is
+        trace      the data's `process` and the gold answer
+        """
+        said = re.search(r"<answer>\s*(\S.*?)\s*</answer>", response, re.S | re.I)
+        said = said[1] if said else ""
+        right = said.strip("(). ").casefold() == sample.answer.strip("(). ").casefold()
+        patch = self._diagnosis(sample, response).patch
+        aligned = bool(patch) and alignment(response, patch) == 1
+        end = "failures" if task == "trace" and not sample.process else "answered"
+        self._count(calls=1, **{end: 1})
+        if task == "trace":
+            return f"{sample.process}\n<answer>{sample.answer}</answer>" if sample.process else None
+        if task == "judge":
+            thought = response.casefold().partition("<answer>")[0]
+            return 0.6 * right + 0.2 * aligned + 0.2 * (said != "" and said.casefold() in thought)
+        verdict = "is right" if right else f"is wrong; it is {sample.answer}"
+        parts = [f"The answer {said} {verdict}." if said else "There is no answer."]
+        if patch and not aligned:
+            parts.append(f"The reasoning does not refer to {_where(patch)}.")
+        return " ".join(parts)
+
+    def _diagnosis(self, sample, response: str) -> Diagnosis:
         if not sample.evidence or sample.clip is None:
-            reason = "no evidence" if sample.clip else "no clip"
-            return self._counted(Diagnosis(None, "failed", reason))
+            return Diagnosis(None, "failed", "no evidence" if sample.clip else "no clip")
         times = sample.clip.times
         span = min(e.start for e in sample.evidence), max(e.end for e in sample.evidence)
         key_frames = key_range(times, *span)
@@ -571,7 +611,7 @@ class Annotated(Teacher):
             patch = replace(patch, error_type="misconception")
         elif patch.regions and (key_frames is None or _names_range(response, patch)):
             patch = replace(patch, error_type="spatial")
-        return self._counted(Diagnosis(patch, "patched"))
+        return Diagnosis(patch, "patched")
 
 
 # --- what the service teacher is told: three blocks, each can be left out (Table 5) ---------------
@@ -666,6 +706,21 @@ SUBMIT = _tool(
 )
 MAX_TOOL_PIXELS, MAX_TOOL_BYTES = 1024 * 1024, 1_000_000  # of an image; APIs shrink larger ones
 MAX_SEGMENT, MAX_LOOKS, ZOOM = 8, 24, 448  # frames a segment, images a diagnosis, side of a zoom
+TASKS = {  # what the teacher may be asked for instead of a patch, and the key of its JSON answer
+    "judge": ("score", """\
+Grade the response to the question about these frames. Add up: 0.6 if its answer is right, 0.2 if
+its reasoning rests on what the frames show, 0.2 if its answer follows from that reasoning; less
+where they hold in part. Reply with JSON alone: {"score": NUMBER}, from 0 to 1."""),
+    "feedback": ("feedback", """\
+Comment on the response to the question about these frames, in two to four sentences. Say whether
+its answer is right, whether its reasoning leads to that answer, and, if something went wrong, the
+one likeliest cause. Reply with JSON alone: {"feedback": TEXT}."""),
+    "trace": ("response", """\
+Answer the question about these frames, as an example for a small model to learn from: reasoning
+that names the moments and places it rests on, between <think> and </think>, then the bare answer
+(for a choice its letter, for a number its digits) between <answer> and </answer>. Reply with JSON
+alone: {"response": TEXT}."""),
+}
 MAX_CALLS = 4  # tool calls heeded in one answer
 CACHED = {"type": "ephemeral"}
 
@@ -1024,6 +1079,56 @@ class Service(Teacher):
         except Exception as error:  # decoders raise all kinds
             return [_text(self._clean(str(error)))]
         return [_text(text), *map(_image, images)]
+
+    def ask(self, task: str, sample, response: str = "") -> Future:
+        """Ask the model; answers are cached and limited as diagnoses are."""
+        work = self._told(task, sample, response)
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def _told(self, task: str, sample, response: str):
+        """Return the answer to one of TASKS, None where it fails; one more try where it is none."""
+        if not self._running:
+            self._step_end = self._loop.time() + self.config.step_timeout
+        mark, end, told = object(), "failures", None
+        self._running[mark] = None
+        try:
+            async with asyncio.timeout_at(self._step_end), self._places:
+                async with asyncio.timeout(self.config.timeout):
+                    told = await self._read(task, sample, response)
+                    end = "failures" if told is None else "answered"
+        except BudgetSpent:
+            end = "over_budget"
+        except Exception as error:  # the teacher boundary: counted, told, and training goes on
+            why = self._clean(f"{type(error).__name__}: {error}")
+            print(f"teacher, {task}, sample {sample.id}: {why}", file=sys.stderr)
+        finally:
+            del self._running[mark]
+        self._count(calls=1, **{end: 1})
+        return told
+
+    async def _read(self, task: str, sample, response: str):
+        name, system = TASKS[task]
+        asked = _asked(sample)
+        if task != "trace" and not self.config.no_gt:
+            asked += f"\nRight answer, for you alone: {plain(sample.answer, 500)}"
+            asked += "".join(f"\nEvidence: {e.start:g} s to {e.end:g} s" for e in sample.evidence)
+        said = [] if task == "trace" else [_text(_answered(response))]
+        content = [*await self._frames(sample), _text(asked), *said]
+        body = {"model": self.config.model, "max_tokens": self.config.max_tokens,
+                "system": [_text(system)], "messages": [{"role": "user", "content": content}],
+                **self._sampling()}
+        for tag in (0, 1):
+            answer = await self._call(body, [0, 0], tag)
+            texts = [str(b.get("text")) for b in answer["content"] if b["type"] == "text"]
+            try:
+                told = json.loads(texts[-1])[name]
+                if task == "judge" and type(told) in (int, float) and 0 <= told <= 1:
+                    return float(told)
+                if task != "judge" and isinstance(told, str) and told.strip():
+                    return told.strip() if task == "trace" else plain(told, 1000)
+            except (IndexError, KeyError, TypeError, ValueError):
+                continue
+        return None
 
     # -- requests
 
