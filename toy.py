@@ -5,7 +5,8 @@
 FOLDER/videos/*.mp4     H.264 clips of 8 s, in which 2 to 4 cards of different colours show up, one
                         after another, each for a second in one of four corners
 FOLDER/train.json, heldout.json
-                        Video-R1 rows with `evidence`: where to look, never what is there
+                        Video-R1 rows with `evidence`: where to look, never what is there; in
+                        train.json with a `process` that looks, for methods that imitate one
 FOLDER/warm.json        rows with a `process` for the warm start, of two kinds: the student looks (a
                         row with evidence), or it guesses (a row without). About some questions
                         it mostly guesses; that habit is what there is to repair.
@@ -276,7 +277,8 @@ def make(folder, seed=0, train=480, heldout=200, warm=2000, guessed=GUESSED, pre
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     for split, count in (("train", train), ("heldout", heldout), ("warm", warm)):
         rng = random.Random(f"{seed} {split}")
-        made[split] = rows(split, count, rng, folder, guessed if split == "warm" else None)
+        share = {"train": 0.0, "heldout": None, "warm": guessed}[split]
+        made[split] = rows(split, count, rng, folder, share)
         clips = len({row["path"] for row in made[split]})
         print(f"{folder / split}.json: {count} questions on {clips} clips")
     (folder / "template.txt").write_text(TEMPLATE)

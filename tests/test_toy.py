@@ -83,7 +83,8 @@ def test_the_warm_start_looks_or_guesses(world):
     guessed = [row for row in rows if "I guess" in row["process"]]
     assert guessed and all(row["evidence"] == [] for row in guessed)
     assert all(row["evidence"] for row in rows if row not in guessed)
-    assert not any("process" in row for row in rows_of(world, "train"))
+    assert not any("I guess" in row["process"] for row in rows_of(world, "train"))
+    assert not any("process" in row for row in rows_of(world, "heldout"))
 
 
 def test_the_student_loads_as_a_checkpoint(world):
