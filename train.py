@@ -4,14 +4,13 @@
     torchrun --nproc_per_node 8 train.py --model M --data D --video_root V --teacher anthropic
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_endpoint HOST:PORT train.py ...
 
-A step: `fetch` the prompts' clips, `rollouts` samples and repairs them (no rank waits for another
-meanwhile), `update` trains on the chosen ones. Ranks meet only in `everyone` and inside FSDP,
-equally often on every rank. Every random number derives from (seed, step, sample), so that a
+A step: the method (methods.py) fills groups of prompts, samples and repairs (no rank waits for
+another meanwhile), `update` trains on the chosen rollouts. Ranks meet only in `everyone` and inside
+FSDP, equally often on every rank. Every random number derives from (seed, step, sample), so that a
 resumed run repeats the interrupted one.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -28,11 +27,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (get_model_state_dict, get_state_dict,
+                                                     set_model_state_dict, set_state_dict)
 from tqdm import tqdm
 
 import data
 import ffr
+import methods
 import reward
 import teacher
 import toy
@@ -53,7 +54,7 @@ class Config:
     eval_data: str = flag("", "held-out questions, answered greedily at the start and the end")
     eval_every: int = flag(0, "steps between evaluations; 0: start and end only")
     output: str = flag("", "folder of the run (runs/METHOD-1, -2, ...)")
-    method: str = flag("ffr", "what to train with", ("ffr", "grpo", "sft"))
+    method: str = flag("ffr", "what to train with: see methods.py", tuple(methods.METHODS))
     # the student's rollouts
     rollouts: int = flag(8, "G, first tries per prompt")
     max_completion: int = flag(1024, "tokens of one completion")
@@ -85,10 +86,28 @@ class Config:
     beta: float = flag(0.04, "weight of the KL to the reference copy; 0 keeps no copy")
     clip_low: float = flag(0.2, "ε below 1")
     clip_high: float = flag(0.2, "ε above 1")
-    loss_norm: str = flag("token", "what the loss is averaged over", ("token", "sequence"))
+    loss_norm: str = flag("token", "what the loss is averaged over; constant: --max_completion",
+                          ("token", "sequence", "constant"))
+    no_std: bool = flag(False, "advantages without division by the group's deviation (Dr. GRPO)")
+    ratio: str = flag("token", "sequence: one ratio per completion (GSPO)", ("token", "sequence"))
+    dynamic_sampling: int = flag(0, "times a step tries fresh prompts for all-equal groups (DAPO)")
+    score_under: str = flag("observation", "plain: repaired tokens are trained without their patch",
+                            ("observation", "plain"))
     select: str = flag("slot", "slot: Eq. 7; best: train the group's best only", ("slot", "best"))
     train_on: str = flag("chosen", "original: the release's gradient on the failed tokens",
                          ("chosen", "original"))
+    # single methods
+    length_low: int = flag(320, "tgrpo: shortest answer with a length bonus")
+    length_high: int = flag(512, "tgrpo: longest")
+    shape_gamma: float = flag(0.1, "luffy, replay: γ of r / (r + γ)")
+    replay_share: float = flag(0.5, "replay: share of a step's prompts from the buffer")
+    replay_start: float = flag(0.35, "replay: accuracy of a batch from which it begins")
+    sd_lambda: float = flag(0.5, "rlsd, visd, ffr_visd: λ, weight of the token credit at step 0")
+    sd_horizon: int = flag(0, "steps until λ is 0 (rlsd 60, visd and ffr_visd 600)")
+    sd_clip: float = flag(0.2, "largest change of a token's credit")
+    sd_sync: int = flag(20, "rlsd: steps between copies of the policy")
+    sd_ema: float = flag(0.01, "visd: what the copy takes of the policy each step")
+    sd_topk: int = flag(16, "visd: tokens of the support; 0: the sampled one's own log-probs")
     # optimisation
     lr: float = flag(5e-6, "peak learning rate, cosine to zero")
     warmup_steps: int = flag(0, "steps of linear rise to it")
@@ -140,7 +159,8 @@ def parse(argv):
 def check(config):
     """Refuse settings that cannot work, each in one sentence naming the flag."""
     for name in ("rollouts", "max_completion", "frames", "max_pixels", "batch_prompts", "epochs",
-                 "lr", "updates_per_batch", "micro_tokens", "save_every", "keep_checkpoints"):
+                 "lr", "updates_per_batch", "micro_tokens", "save_every", "keep_checkpoints",
+                 "shape_gamma", "sd_sync"):
         if getattr(config, name) <= 0:
             raise ValueError(f"--{name} must be positive, got {getattr(config, name)}")
     if config.frames % 2:
@@ -149,8 +169,14 @@ def check(config):
         raise ValueError("--temperature must be above 0 and --top_p in (0, 1]")
     if not config.data:
         raise ValueError("--data is missing: a Video-R1 JSON or JSONL file")
-    if config.method != "sft" and config.rollouts < 2:
+    if methods.METHODS[config.method].compares and config.rollouts < 2:
         raise ValueError("--rollouts must be at least 2: advantages compare a group's rollouts")
+    if config.score_under == "plain" and (config.method not in ("ffr", "ffr_visd")
+                                          or config.train_on == "original"):
+        raise ValueError("--score_under plain is for repairs that are trained: --method ffr or "
+                         "ffr_visd, --train_on chosen")
+    if not all(0 <= share <= 1 for share in (config.replay_share, config.sd_lambda, config.sd_ema)):
+        raise ValueError("--replay_share, --sd_lambda and --sd_ema are shares between 0 and 1")
     if not set(config.teacher_prompt.split(",")) <= {"analysis", "negative", "tools", ""}:
         raise ValueError("--teacher_prompt is a list of analysis, negative and tools")
 
@@ -248,12 +274,15 @@ class Phases:
 class Run:
     """What the functions below share: settings, data, teacher, student, optimizer, folder."""
 
+    everyone = staticmethod(everyone)
+
     def __init__(self, config, device, dtype):
         check(config)
         self.config, self.device, self.dtype = config, device, dtype
         self.output, self.missing = Path(config.output), []
         self.samples, self.eval_samples = self._load(config.data), self._load(config.eval_data)
-        self.teacher = make_teacher(config)
+        self.method = methods.METHODS[config.method](config)
+        self.teacher = make_teacher(config) if self.method.asks else None
         if rank() == 0:
             self._start_folder()
         everyone(None)
@@ -311,8 +340,9 @@ class Run:
                                 recompute=self.device.type == "cuda", **options)
 
         self.student = load(freeze_vision=config.freeze_vision)
-        compared = config.beta > 0 and config.method != "sft"
+        compared = config.beta > 0 and self.method.compares
         self.reference = load(trainable=False) if compared else None
+        self.method.start(load)
         template = Path(config.template).read_text() if config.template else None
         self.prompts = data.Prompts(self.student.processor, template)
         self.student.text = self.prompts.text
@@ -345,7 +375,11 @@ class Run:
         self.loader.submit(wanted)
         if step + 1 < self.steps:
             self.loader.submit(self.step_samples(step + 1))
-        return [ffr.Group(sample, self.prefix(sample)) for sample in self.decoded(wanted)]
+        return self.groups(wanted)
+
+    def groups(self, samples):
+        """Empty groups of the samples that can be decoded."""
+        return [ffr.Group(sample, self.prefix(sample)) for sample in self.decoded(samples)]
 
     def decoded(self, wanted):
         """The samples with their clips; the ones that cannot be decoded are recorded, left out."""
@@ -380,7 +414,7 @@ class Run:
 
     def find(self, cache, groups, key, rollouts, sampling):
         ffr.find(self.student, cache, groups, self.prompts.header, self.score,
-                 self.teacher.submit if self.teacher else None, key, rollouts, sampling)
+                 self.teacher.submit if self.method.repairs else None, key, rollouts, sampling)
 
     def reason(self, cache, groups, key, sampling):
         ffr.reason(self.student, cache, groups, self.write, self.score, teacher.alignment, key,
@@ -391,17 +425,23 @@ class Run:
         accuracy = reward.accuracy(sample.kind, text, sample.answer, sample.options)
         return accuracy, reward.format_reward(text), sample.kind in reward.EXACT_KINDS
 
+    def answer(self, text):
+        """The answer in a completion's text, or None."""
+        return reward.parse_answer(text)
+
     def write(self, sample, patch):
         """A patch as the segment between question and completion."""
         images = teacher.patch_images(patch, sample.clip.frames, self.config.evidence)
-        segment = self.prompts.patch(teacher.render(patch, self.config.evidence), images)
+        return self.suffix(teacher.render(patch, self.config.evidence), images)
+
+    def suffix(self, text, images=()):
+        """A text and images, then the header, as the segment between question and completion."""
+        segment = self.prompts.patch(text, images)
         return replace(segment, ids=torch.cat([segment.ids, self.prompts.header.ids]))
 
 
 def make_teacher(config):
-    """The run's teacher, None for GRPO; a service that does not answer is found out here."""
-    if config.method == "grpo":
-        return None
+    """The run's teacher; a service that does not answer is found out here."""
     if config.teacher == "annotated":
         return teacher.Annotated()
     blocks = config.teacher_prompt.split(",")
@@ -433,42 +473,8 @@ def make_optimizer(student, config):
 # One step
 
 
-def rollouts(run, step, phases):
-    """Find, fix, reason and credit this rank's prompts of a step; no other rank is waited for."""
-    config, key = run.config, f"{run.config.seed}/{step}"
-    run.taught()  # what an evaluation asked is not the step's
-    with phases("load"):
-        groups = run.fetch(step)
-    with run.student.gathered():
-        if groups:
-            with phases("prefill"):
-                cache = run.student.prefill([group.prefix for group in groups])
-            with phases("decode"):
-                run.find(cache, groups, key, config.rollouts, run.sampling)
-            with phases("teach"):
-                ffr.fix(groups)
-            with phases("repair"):
-                run.reason(cache, groups, key, run.sampling)
-    ffr.credit(groups, config.kappa, config.alignment_weight, config.select, config.train_on)
-    return groups
-
-
-def imitations(run, step, phases):
-    """Supervised groups: a trace under x and, where there is evidence for a patch, under (x, c)."""
-    with phases("load"):
-        groups = run.fetch(step)
-    for group in groups:
-        sample = group.sample
-        text = f"{sample.process}\n<answer>{sample.answer}</answer>".lstrip()
-        ids, patch = run.prompts.completion(text), run.teacher.diagnose(sample, text)
-        for suffix in [run.prompts.header] + ([run.write(sample, patch)] if patch else []):
-            trace = ffr.Rollout(ids, torch.zeros(len(ids)), suffix, text, 1.0, 1.0, True, True)
-            group.slots.append(ffr.Slot(trace, trained=trace, advantage=1.0))
-    return groups
-
-
 def update(run, groups, phases):
-    """Train on the chosen rollouts of all ranks: reference, forward, backward, clip, step.
+    """Train on the chosen rollouts of all ranks: weigh, reference, forward, backward, clip, step.
 
     Ranks run equally many forwards: the ones with fewer micro-batches add fillers of weight zero.
     Returns sums for the logs.
@@ -477,13 +483,15 @@ def update(run, groups, phases):
     trained = [slot.trained for g in groups for slot in g.slots if slot.trained is not None]
     counts = everyone((sum(len(rollout.ids_C) for rollout in trained), len(trained)))
     tokens, number = (sum(count) for count in zip(*counts))
-    weight = ffr.token_weights(config.loss_norm, tokens, number)
+    weight = ffr.token_weights(config.loss_norm, tokens, number, config.max_completion)
     batches = ffr.micro_batches(groups, config.micro_tokens, weight)
     batches += [filler(run) for _ in range(max(everyone(len(batches))) - len(batches))]
     lr = config.lr * 0.5 * (1 + math.cos(math.pi * run.step / run.steps))
     lr *= min(1.0, (run.step + 1) / (config.warmup_steps + 1))
     for param_group in run.optimizer.param_groups:
         param_group["lr"] = lr
+    with phases("weigh"):
+        run.method.weigh(run, batches)
     if run.reference is not None:
         with phases("reference"), torch.no_grad():
             for batch in batches:
@@ -499,6 +507,7 @@ def update(run, groups, phases):
             run.optimizer.zero_grad()
         if turn == 0:
             sums.update(one, grad_norm=norm)
+    run.method.after(run, groups)
     return sums
 
 
@@ -512,15 +521,12 @@ def backward(run, batches, entropy):
     config, sums = run.config, {"loss": 0.0, "broken": []}
     for batch in batches:
         logp_T, entropy_T = score(run.student, batch, config, entropy)
-        if config.method == "sft":
-            loss = -(batch.weight_T.to(run.device) * logp_T).sum()
-            added = {"tokens": len(logp_T)}
-        else:
-            loss, added = ffr.loss(logp_T, batch, config.clip_low, config.clip_high, config.beta)
+        loss, added = ffr.loss(logp_T, batch, config.clip_low, config.clip_high, config.beta,
+                               run.method.surrogate)
         (loss * world_size()).backward()  # FSDP averages over ranks, the objective sums
         if not math.isfinite(loss.item()):
-            sums["broken"] += batch.sample_ids
-        if batch.sample_ids:  # fillers do not count
+            sums["broken"] += [group.sample.id for group, _ in batch.members]
+        if batch.members:  # fillers do not count
             added |= {"loss": loss.item(), "entropy": entropy_T.sum().item() if entropy else 0.0}
             for name, value in added.items():
                 sums[name] = sums.get(name, 0.0) + value
@@ -573,7 +579,7 @@ def evaluate(run):
                 totals = [a + b for a, b in zip(totals, found)]
     n, right, patched, bad = (sum(x) for x in zip(*everyone((*totals, run.bad - bad))))
     row = {"step": run.step, "n": n, "undecodable": bad, "accuracy": right / max(n, 1),
-           "accuracy_with_patches": patched / max(n, 1) if run.teacher else None}
+           "accuracy_with_patches": patched / max(n, 1) if run.method.repairs else None}
     if rank() == 0:
         append(run.output / "eval.jsonl", row)
     return row
@@ -597,16 +603,18 @@ def log(run, groups, sums, phases):
         for i, slot in enumerate(group.slots):
             if slot.diagnosis is not None:
                 append(run.output / "patches.jsonl", patch_row(run.step, group.sample, i, slot))
-    both = [r for g in groups for s in g.slots for r in (s.first, s.repair) if r is not None]
+    own = [(g.sample, s) for g in groups for s in g.slots if not s.off_policy]
+    both = [r for _, slot in own for r in (slot.first, slot.repair) if r is not None]
     ranks = everyone({
-        "totals": ffr.measure(groups), "sums": sums, "seconds": phases.all(), "bad": run.bad,
+        "totals": ffr.measure(groups), "method": run.method.figures(), "sums": sums,
+        "seconds": phases.all(), "bad": run.bad,
         "sampled": sum(len(rollout.ids_C) for rollout in both), "memory": peak_memory(run.device),
         "teacher": run.taught(), "stop": run.stopper.asked})
     row = metrics(run.step, ranks)
     if rank() == 0:
         append(run.output / "metrics.jsonl", row)
-        if run.step % max(1, run.steps // 10) == 0 and groups:
-            write_sample(run, groups)
+        if run.step % max(1, run.steps // 10) == 0 and own:
+            write_sample(run, own)
     return row, any(r["stop"] for r in ranks)
 
 
@@ -615,8 +623,8 @@ def metrics(step, ranks):
 
     The seconds are those of the slowest rank.
     """
-    def ratio(name):
-        parts = [r["totals"].get(name, (0, 0)) for r in ranks]
+    def ratio(name, part="totals"):
+        parts = [r[part].get(name, (0, 0)) for r in ranks]
         count = sum(n for _, n in parts)
         return sum(total for total, _ in parts) / count if count else None
 
@@ -638,6 +646,7 @@ def metrics(step, ranks):
         "error_types": counted, "kl": add("kl") / tokens, "entropy": add("entropy") / tokens,
         "clip_fraction": add("clipped") / tokens, "logp_mismatch": add("mismatch") / tokens,
         "grad_norm": ranks[0]["sums"]["grad_norm"], "lr": ranks[0]["sums"]["lr"],
+        **{name: ratio(name, "method") for name in ranks[0]["method"]},
         "bad_samples": sum(r["bad"] for r in ranks),
         "teacher": {name: add(name, "teacher") for name in ranks[0]["teacher"]},
         "tokens_per_second": sum(r["sampled"] for r in ranks) / (sampling or 1.0),
@@ -662,9 +671,8 @@ def patch_row(step, sample, i, slot):
             "response": slot.first.text, "repaired": repair.correct if repair else None}
 
 
-def write_sample(run, groups):
+def write_sample(run, slots):
     """A whole slot to read, a repaired one where there is one."""
-    slots = [(group.sample, slot) for group in groups for slot in group.slots]
     sample, slot = next((pair for pair in slots if pair[1].repair is not None), slots[0])
 
     def quote(text):
@@ -688,8 +696,9 @@ def write_sample(run, groups):
 def save(run):
     """A checkpoint of the run after `run.step` steps: complete under its name, or absent.
 
-    Hugging Face weights and processor for everybody, training_state/ (fp32 weights, optimizer) to
-    go on from. There is no random state: every random number derives from (seed, step, sample).
+    Hugging Face weights and processor for everybody; to go on from, training_state/ (fp32 weights,
+    optimizer, the method's copy) and what the method keeps on each rank. There is no random state:
+    every random number derives from (seed, step, sample).
     """
     folder = run.output / "checkpoints" / f"step-{run.step:06d}"
     if folder.exists():
@@ -700,9 +709,10 @@ def save(run):
         partial.mkdir(parents=True)
     everyone(None)
     run.student.save(partial, run.dtype)
-    weights, optimizer = get_state_dict(run.student, run.optimizer)
-    dcp.save({"weights": weights, "optimizer": optimizer}, no_dist=not dist.is_initialized(),
+    dcp.save(training_state(run), no_dist=not dist.is_initialized(),
              checkpoint_id=partial / "training_state")
+    if (state := run.method.state()) is not None:
+        torch.save(state, partial / f"method-{rank()}.pt")
     bad = sum(everyone(run.bad))
     if rank() == 0:
         progress = {"step": run.step, "processes": world_size(), "bad_samples": bad}
@@ -711,6 +721,13 @@ def save(run):
         for old in sorted(folder.parent.glob("step-??????"))[:-run.config.keep_checkpoints]:
             shutil.rmtree(old)
     everyone(None)
+
+
+def training_state(run):
+    """Everything that is sharded."""
+    weights, optimizer = get_state_dict(run.student, run.optimizer)
+    copy = {"copy": get_model_state_dict(run.method.copy)} if run.method.copy else {}
+    return {"weights": weights, "optimizer": optimizer, **copy}
 
 
 def newest_checkpoint(output):
@@ -728,11 +745,14 @@ def resume(run):
         if progress["processes"] != world_size():
             raise ValueError(f"{folder} was written by {progress['processes']} processes: resume "
                              f"with as many, not {world_size()}")
-        weights, optimizer = get_state_dict(run.student, run.optimizer)
-        state = {"weights": weights, "optimizer": optimizer}
+        own = folder / f"method-{rank()}.pt"
+        run.method.resume(progress["step"], torch.load(own) if own.exists() else None)
+        state = training_state(run)
         dcp.load(state, no_dist=not dist.is_initialized(), checkpoint_id=folder / "training_state")
         set_state_dict(run.student, run.optimizer, model_state_dict=state["weights"],
                        optim_state_dict=state["optimizer"])
+        if run.method.copy:
+            set_model_state_dict(run.method.copy, state["copy"])
     run.step, run.bad = progress["step"], progress["bad_samples"] if rank() == 0 else 0
     if rank() == 0:
         cut(run.output / "metrics.jsonl", run.step - 1)
@@ -760,16 +780,17 @@ def train(config, device, dtype):
     say("\n".join(f"  {name} {value}" for name, value in asdict(config).items() if value != ""))
     say(f"{config.method}: {len(run.samples)} samples, {run.steps} steps of "
         f"{config.batch_prompts * world_size()} prompts")
-    prepare, stopped = imitations if config.method == "sft" else rollouts, False
+    stopped = False
     bar = tqdm(total=run.steps, initial=run.step, disable=rank() != 0, desc=config.method)
     try:
         if run.eval_samples and run.step == 0 and not (run.output / "metrics.jsonl").exists():
             evaluate(run)
         while run.step < run.steps and not stopped:
             phases = Phases(device)
-            groups = prepare(run, run.step, phases)
+            run.taught()  # what an evaluation asked is not the step's
+            groups = run.method.fill(run, run.step, phases)
             sums = update(run, groups, phases)
-            row, stopped = log(run, groups if config.method != "sft" else [], sums, phases)
+            row, stopped = log(run, groups, sums, phases)
             run.step += 1
             bar.set_postfix_str(postfix(row), refresh=False)
             bar.update()

@@ -1,0 +1,590 @@
+"""The methods FFR is compared with: each another way to fill a group or to weigh its tokens.
+
+    python train.py --method luffy
+
+    grpo         G rollouts, their rewards compared
+    ffr          ffr.py; --score_under plain: what was found with help is taught without it
+    sft          imitate the data's traces                            (the paper's Tables 2 to 4)
+    sft_teacher  imitate the teacher's traces that the verifier passes           (Tables 4, 11)
+    tgrpo        Video-R1, 2503.21776: a bonus where order in time helps
+    luffy        2504.14945: one verified teacher trace in each group
+    replay       ExGRPO, 2510.02245: old successes join new rollouts
+    vote         TTRL, 2504.16084: the majority is the label
+    judge        a model's score in place of the rule's accuracy
+    rlsd         2604.03128: a replay informed of the answer sizes each token's credit
+    visd         2605.06094: the same, informed of evidence and a judge's feedback as well
+    ffr_visd     FFR, a repair's tokens weighed by what the patch changed: the paper's next step
+
+Sampler, verifier, loss and logs are common to all; --loss_norm, --no_std, --beta and the clip stay
+as the user set them, so that runs compare. Docstrings say where the authors ran something else.
+
+Dimensions: G rollouts of a prompt, C completion tokens, T completion tokens of a micro-batch, K
+tokens of a support.
+"""
+
+import math
+from collections import defaultdict
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+import ffr
+
+ORDER_BONUS, ORDER_MARGIN = 0.3, 0.8  # T-GRPO's α; μ of the released code (the paper has 1)
+LENGTH_BONUS, PARTLY_RIGHT = 0.2, 0.1  # T-GRPO's ω; accuracy above which its code counts as right
+KEPT = 16  # newest successes of a question that the replay buffer holds
+
+
+# ---------------------------------------------------------------------------------------------
+# In place of CLIP, and on top of the advantage
+
+
+def sequence(log_ratio_T, advantage_T, batch, clip_low, clip_high):
+    """CLIP of GSPO-token: one ratio per completion, the gradient per token (2507.18071, Eq. 13).
+
+    s_i = exp(1/|y_i| Σ_t log r_t), s_{i,t} = sg[s_i] π_θ / sg[π_θ]. The authors clip at 3e-4 and
+    4e-4 and average by sequence.
+    """
+    parts = log_ratio_T.split([len(ids) for ids in batch.completions])
+    mean_T = torch.cat([part.mean().expand(len(part)) for part in parts]).detach()
+    log_ratio_T = mean_T + log_ratio_T - log_ratio_T.detach()
+    return ffr.clip(log_ratio_T, advantage_T, batch, clip_low, clip_high)
+
+
+def shaped(log_ratio_T, advantage_T, batch, clip_low, clip_high, gamma, otherwise):
+    """f(r) Â with f(r) = r / (r + γ) and no clip on replayed traces (LUFFY, Eq. 6), else CLIP.
+
+    r is π_θ itself where the trace's old_logp are zeros. ∇f = γ r / (r + γ)² ∇log π: largest at
+    r = γ, and 0.083 at r = 1, where a rollout of the policy itself has 1.
+    """
+    off_T = of_tokens(batch, lambda slot: slot.off_policy).to(log_ratio_T.device)
+    own_T = log_ratio_T.masked_fill(off_T, 0.0)
+    objective_T, sums = otherwise(own_T, advantage_T, batch, clip_low, clip_high)
+    ratio_T = log_ratio_T.exp()
+    return torch.where(off_T, ratio_T / (ratio_T + gamma) * advantage_T, objective_T), sums
+
+
+def imitate(log_ratio_T, advantage_T, batch, clip_low, clip_high):
+    """log π_θ of traces, whose old_logp are zeros."""
+    return log_ratio_T * advantage_T, {}
+
+
+def token_credit(advantage_T, gap_T, weight, width):
+    """W_t = (1 − λ) + λ clip(exp(sign(Â) Δ_t), 1 − ε_w, 1 + ε_w)  (RLSD, Algorithm 1).
+
+    W > 0, so the direction stays the reward's. What the informed replay finds likelier (Δ > 0) gets
+    more of a good advantage and less of a bad one. λ = weight, ε_w = width.
+    """
+    size_T = (advantage_T.sign() * gap_T).exp().clamp(1 - width, 1 + width)
+    return 1 + weight * (size_T - 1)
+
+
+def of_tokens(batch, test):
+    """test(slot) of every completion token's slot, bool [T]; False in a filler."""
+    tested = torch.tensor([bool(test(slot)) for _, slot in batch.members] or [False])
+    return tested.repeat_interleave(torch.tensor([len(ids) for ids in batch.completions]))
+
+
+# ---------------------------------------------------------------------------------------------
+# The step's hooks, which are GRPO and FFR
+
+
+class Method:
+    """GRPO, and what train.py's step asks of every method."""
+    asks = False  # there is a teacher
+    repairs = False  # it writes patches for failed tries
+    compares = True  # rewards within groups of rollouts; else traces are imitated
+    names = ()  # figures of its own in metrics.jsonl
+    value = staticmethod(ffr.reward)  # a slot's reward
+
+    def __init__(self, config):
+        self.config, self.copy = config, None
+        self.surrogate = sequence if config.ratio == "sequence" else ffr.clip
+        self.tally = defaultdict(lambda: [0.0, 0])
+
+    def start(self, load):
+        """Load what the method needs besides policy and reference."""
+
+    def fill(self, run, step, phases):
+        """This rank's groups of a step, credited; no other rank is waited for.
+
+        With --dynamic_sampling (DAPO) prompts whose rewards are all equal stay in the metrics, lose
+        their place in the loss, and as many fresh prompts are tried, so many times at most.
+        """
+        key, again = f"{self.config.seed}/{step}", self.config.dynamic_sampling
+        with phases("load"):
+            latest = self.prompts(run, step)
+        groups = list(latest)
+        with run.student.gathered():
+            self.roll(run, latest, key, phases)
+            for turn in range(again):
+                with phases("load"):
+                    latest = fresh(run, groups, sum(map(flat, latest)), f"{key}/fresh/{turn}")
+                self.roll(run, latest, f"{key}/fresh/{turn}", phases)
+                groups += latest
+        for slot in (slot for group in groups if again and flat(group) for slot in group.slots):
+            slot.trained = None
+        return groups
+
+    def prompts(self, run, step):
+        """The step's groups, still empty."""
+        return run.fetch(step)
+
+    def roll(self, run, groups, key, phases):
+        """Find, fix, reason, then credit. A rollout in group.note takes one of the G places."""
+        if not groups:
+            return
+        with phases("prefill"):
+            cache = run.student.prefill([group.prefix for group in groups])
+        with phases("decode"):
+            counts = [self.config.rollouts - (group.note is not None) for group in groups]
+            run.find(cache, groups, key, counts, run.sampling)
+        with phases("teach"):
+            ffr.fix(groups)
+        with phases("repair"):
+            run.reason(cache, groups, key, run.sampling)
+        del cache
+        for group in groups:
+            group.slots += [ffr.Slot(group.note, off_policy=True)] if group.note is not None else []
+        self.beside(run, groups, key, phases)
+        for group in groups:
+            self.credit(run, group)
+
+    def beside(self, run, groups, key, phases):
+        """Find out what else the rewards depend on."""
+
+    def credit(self, run, group):
+        """Rewards, advantages and whose tokens are trained."""
+        config = self.config
+        ffr.credit([group], config.kappa, config.alignment_weight, config.select, config.train_on,
+                   not config.no_std, self.value)
+
+    def weigh(self, run, batches):
+        """Change the micro-batches before the step's first update; all ranks have equally many."""
+
+    def after(self, run, groups):
+        """Learn from a step whose update has been made."""
+
+    def state(self):
+        """What a checkpoint has to hold of this rank besides weights."""
+
+    def resume(self, step, state):
+        """Go on after `step` steps, from state()."""
+
+    def count(self, name, total, number=1):
+        """Add to one of the step's own figures, a mean over all ranks."""
+        self.tally[name] = [a + b for a, b in zip(self.tally[name], (total, number))]
+
+    def figures(self):
+        """The step's own figures, name -> [sum, count]; begins anew."""
+        figures = {name: self.tally[name] for name in self.names}
+        self.tally.clear()
+        return figures
+
+
+def flat(group):
+    """Whether all rewards are equal."""
+    return all(slot.advantage == 0 for slot in group.slots)
+
+
+def fresh(run, groups, count, key):
+    """Groups of `count` other samples, drawn by `key`."""
+    seen = {group.sample.id for group in groups}
+    order = ffr.noise(key, 1, len(run.samples))[0].argsort().tolist()
+    others = [run.samples[i] for i in order if run.samples[i].id not in seen]
+    return run.groups(others[:count])
+
+
+class Ffr(Method):
+    """Find, fix, reason; a repair is scored under (x, c) (Eq. 10), or --score_under plain, x."""
+    asks = repairs = True
+
+    def weight(self, step):
+        """λ of the token credit by the patch."""
+        return 0.0
+
+    def weigh(self, run, batches):
+        """Under x by the sampling policy: the token credit's other side, or suffix and π_old."""
+        weight, under_x = self.weight(run.step), self.config.score_under == "plain"
+        for batch in batches if weight or under_x else []:
+            headers = [run.prompts.header] * len(batch.suffixes)
+            repaired_T = of_tokens(batch, lambda slot: slot.trained is slot.repair)
+            with torch.no_grad():
+                plain_T = run.student(batch.prefixes, headers, batch.owners, batch.completions,
+                                      self.config.temperature)[0].cpu()
+            if weight:
+                self.apply(batch, (batch.old_logp_T - plain_T).masked_fill(~repaired_T, 0), weight)
+            if under_x:
+                batch.suffixes = headers
+                batch.old_logp_T = torch.where(repaired_T, plain_T, batch.old_logp_T)
+
+
+# ---------------------------------------------------------------------------------------------
+# Traces
+
+
+class Sft(Method):
+    """Imitate the data's trace under x and, where there is evidence for a patch, under (x, c)."""
+    asks, repairs, compares = True, True, False
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.surrogate = imitate
+
+    def fill(self, run, step, phases):
+        with phases("load"):
+            groups = self.prompts(run, step)
+        for group, traces in zip(groups, self.traces(run, groups, phases)):
+            group.slots = [ffr.Slot(trace, trained=trace, advantage=1.0, off_policy=True)
+                           for trace in traces]
+        return groups
+
+    def traces(self, run, groups, phases):
+        """What to imitate for each group."""
+        for sample in (group.sample for group in groups):
+            text = f"{sample.process}\n<answer>{sample.answer}</answer>".lstrip()
+            ids, patch = run.prompts.completion(text), run.teacher.diagnose(sample, text)
+            suffixes = [run.prompts.header] + ([run.write(sample, patch)] if patch else [])
+            yield [ffr.Rollout(ids, torch.zeros(len(ids)), suffix, text, 1.0, 1.0, True, True)
+                   for suffix in suffixes]
+
+
+class SftTeacher(Sft):
+    """Imitate the teacher's verified trace under x: distillation."""
+    repairs, names = False, ("trace_used",)
+
+    def traces(self, run, groups, phases):
+        return [[trace] if trace else [] for trace in verified(self, run, groups, phases)]
+
+
+def verified(method, run, groups, phases):
+    """The teacher's trace for each group as a rollout, None where the verifier refused it.
+
+    π_φ, the policy that wrote it, counts as 1: its old_logp are zeros.
+    """
+    with phases("teach"):
+        asked = [run.teacher.ask("trace", group.sample) for group in groups]
+        texts = [future.result() or "" for future in asked]
+    traces = []
+    for group, text in zip(groups, texts):
+        ids = run.prompts.completion(text)
+        accuracy, form, exact = run.score(group.sample, text)
+        right = accuracy >= (1.0 if exact else run.sampling.pass_mark)
+        used = right and len(ids) <= method.config.max_completion
+        traces.append(ffr.Rollout(ids, torch.zeros(len(ids)), run.prompts.header, text, accuracy,
+                                  form, True, True) if used else None)
+        method.count("trace_used", float(used))
+    return traces
+
+
+class Luffy(Method):
+    """G − 1 rollouts and a verified trace; without one, G rollouts and plain GRPO.
+
+    The authors run --no_std, --loss_norm constant, --beta 0, no clip on policy, an entropy bonus.
+    """
+    asks, names = True, ("trace_used",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.surrogate = partial(shaped, gamma=config.shape_gamma, otherwise=self.surrogate)
+
+    def roll(self, run, groups, key, phases):
+        for group, trace in zip(groups, verified(self, run, groups, phases)):
+            group.note = trace
+        super().roll(run, groups, key, phases)
+
+
+class Replay(Luffy):
+    """Old successes join new rollouts of questions that are neither solved nor hopeless.
+
+    A buffer per rank holds, of each question, the successes with their log-probs at the time and k,
+    how many of its latest G succeeded (a replayed one counts); k = G retires it from the buffer.
+    Buckets by k are drawn by N(k; G/2, 1) over counts, the released code's form; of a question
+    the success of lowest mean entropy under the current policy. The authors run --no_std,
+    --loss_norm constant, --beta 0, no clip on policy, and leave solved questions out of the data.
+    """
+    asks, names = False, ("replay_questions", "replay_started")
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.buffer, self.retired, self.started = {}, set(), False
+
+    def prompts(self, run, step):
+        """The step's prompts, a share of them replaced by the buffer's."""
+        key, groups = f"{self.config.seed}/{step}/replay", run.fetch(step)
+        wanted = self.config.replay_share * len(groups)
+        count = int(wanted) + bool(ffr.noise(f"{key}/share", 1, 1) < wanted % 1)
+        samples = {sample.id: sample for sample in run.samples}
+        names = self.pick(count, {group.sample.id for group in groups}, key)
+        again = run.groups([samples[name] for name in names])
+        for group in again:
+            group.note = self.buffer[group.sample.id]["kept"]
+        return groups[:len(groups) - len(again)] + again
+
+    def pick(self, count, without, key):
+        """Ids of at most `count` questions: a bucket by its weight, a question by chance."""
+        half, buckets, picked = self.config.rollouts / 2, defaultdict(list), []
+        for name, question in self.buffer.items():
+            if self.started and question["k"] and name not in without:
+                buckets[question["k"]].append(name)
+        for first, second in ffr.noise(key, count, 2).tolist():
+            weights = {k: math.exp(-(k - half)**2 / 2) for k in sorted(buckets) if buckets[k]}
+            left = first * sum(weights.values())
+            for k, weight in weights.items():
+                left -= weight
+                if left < 0:
+                    picked.append(buckets[k].pop(int(second * len(buckets[k]))))
+                    break
+        return picked
+
+    def roll(self, run, groups, key, phases):
+        with phases("replay"):
+            for group in groups:
+                group.note = group.note and self.surest(run, group)
+        Method.roll(self, run, groups, key, phases)
+
+    def surest(self, run, group):
+        """The question's success of lowest mean token entropy under the current policy."""
+        header, kept = run.prompts.header, [ids_C for ids_C, _ in group.note]
+        with torch.no_grad():
+            _, entropy_T = run.student([group.prefix], [header] * len(kept), [0] * len(kept), kept,
+                                       self.config.temperature, entropy=True)
+        means = [part.mean().item() for part in entropy_T.split([len(ids) for ids in kept])]
+        ids_C, old_logp_C = group.note[means.index(min(means))]
+        text = run.student.text(ids_C)
+        accuracy, form, _ = run.score(group.sample, text)
+        return ffr.Rollout(ids_C, old_logp_C, header, text, accuracy, form, True, True)
+
+    def after(self, run, groups):
+        """Begin once a batch of all ranks is right often enough; keep successes from then on."""
+        own = [slot.first for group in groups for slot in group.slots if not slot.off_policy]
+        counts = run.everyone((sum(first.correct for first in own), len(own)))
+        right, tried = (sum(count) for count in zip(*counts))
+        self.started |= right > self.config.replay_start * max(tried, 1)
+        for group in groups if self.started else []:
+            self.keep(group)
+        self.count("replay_questions", len(self.buffer))
+        self.count("replay_started", float(self.started))
+
+    def keep(self, group):
+        """Update a question's successes and k; retire it where all G succeeded."""
+        name, right = group.sample.id, [slot.first for slot in group.slots if slot.first.correct]
+        if len(right) == len(group.slots) or name in self.retired:
+            self.retired.add(name)
+            self.buffer.pop(name, None)
+            return
+        kept = list(self.buffer.get(name, {"kept": []})["kept"])
+        for rollout in right:
+            if not any(torch.equal(rollout.ids_C, ids_C) for ids_C, _ in kept):
+                kept.append((rollout.ids_C, rollout.old_logp_C))
+        if kept:
+            self.buffer[name] = {"k": len(right), "kept": kept[-KEPT:]}
+
+    def state(self):
+        return {"buffer": self.buffer, "retired": sorted(self.retired), "started": self.started}
+
+    def resume(self, step, state):
+        self.buffer, self.started = state["buffer"], state["started"]
+        self.retired = set(state["retired"])
+
+
+# ---------------------------------------------------------------------------------------------
+# Rewards
+
+
+class Tgrpo(Method):
+    """R_i += α for right answers to videos whose frames in order do at least as well as shuffled
+    (p ≥ μ p̃), and += ω for right answers of a wanted length where more than one is right.
+
+    With accuracies of 0 and 1 and a constant format the first changes nothing but δ's share.
+    """
+    names = ("shuffled_accuracy", "order_bonus")
+
+    def beside(self, run, groups, key, phases):
+        """p̃: G/2 answers to the same prompts with shuffled frames, verified and forgotten."""
+        groups = [group for group in groups if group.sample.media_type == "video"]
+        with phases("shuffled"):
+            mixed = [shuffled(run, group.sample, key) for group in groups]
+            if mixed:
+                cache = run.student.prefill([group.prefix for group in mixed])
+                run.find(cache, mixed, f"{key}/shuffled", self.config.rollouts // 2, run.sampling)
+        for group, other in zip(groups, mixed):
+            group.note = sum(slot.first.accuracy for slot in other.slots) / len(other.slots)
+            self.count("shuffled_accuracy", group.note)
+
+    def credit(self, run, group):
+        right = [slot.first.accuracy > PARTLY_RIGHT for slot in group.slots]
+        p = sum(slot.first.accuracy for slot in group.slots) / len(group.slots)
+        ordered = group.note is not None and p >= ORDER_MARGIN * group.note
+        for slot, is_right in zip(group.slots, right):
+            wanted = self.config.length_low <= len(slot.first.ids_C) <= self.config.length_high
+            bonus = ORDER_BONUS * ordered + LENGTH_BONUS * (wanted and sum(right) > 1)
+            slot.note = is_right * bonus
+        self.count("order_bonus", float(ordered and any(right)))
+        super().credit(run, group)
+
+    def value(self, slot, kappa, alignment_weight):
+        return ffr.reward(slot, kappa, alignment_weight) + slot.note
+
+
+def shuffled(run, sample, key):
+    """A group of the same sample, its frames permuted and their times left in place."""
+    frames = sample.clip.frames
+    order = ffr.noise(f"{key}/{sample.id}/order", 1, len(frames))[0].argsort()
+    mixed = replace(sample, clip=replace(sample.clip, frames=frames[order]))
+    return ffr.Group(mixed, run.prompts.prefix(mixed))
+
+
+class Vote(Method):
+    """Reward 1 for the answer that most of the group gave, whatever the gold one; and format.
+
+    Answers are compared as the verifier compares them with a gold answer. No answer is no vote (the
+    authors' code lets it win); the first met wins a tie. The metrics keep the gold accuracy.
+    """
+    names = ("label_accuracy", "majority_share")
+
+    def credit(self, run, group):
+        sample, texts = group.sample, [slot.first.text for slot in group.slots]
+        ballots, most = [0.0] * len(texts), ""
+        for answer in dict.fromkeys(filter(None, map(run.answer, texts))):
+            named = replace(sample, answer=answer)
+            agreed = [float(run.score(named, text)[0] >= 1) for text in texts]
+            if sum(agreed) > sum(ballots):
+                ballots, most = agreed, answer
+        for slot, agrees in zip(group.slots, ballots):
+            slot.note = agrees
+        self.count("label_accuracy", run.score(sample, f"<answer>{most}</answer>")[0])
+        self.count("majority_share", sum(ballots) / len(ballots))
+        super().credit(run, group)
+
+    def value(self, slot, kappa, alignment_weight):
+        return slot.note + slot.first.format
+
+
+class Judge(Vote):
+    """The teacher's score in 0, 0.1, …, 1 takes the accuracy's place in the reward.
+
+    Coarse, because standardising a group magnifies small differences. Without a score: accuracy.
+    """
+    asks, names, credit = True, ("judge_score", "judge_failed"), Method.credit
+
+    def beside(self, run, groups, key, phases):
+        for slot, score in told(run, "judge", groups, phases):
+            slot.note = slot.first.accuracy if score is None else round(10 * score) / 10
+            self.count("judge_score", slot.note)
+            self.count("judge_failed", float(score is None))
+
+
+def told(run, task, groups, phases):
+    """Every slot of the groups with the teacher's answer to a task; all are asked at once."""
+    with phases("teach"):
+        asked = [(slot, run.teacher.ask(task, group.sample, slot.first.text))
+                 for group in groups for slot in group.slots]
+        return [(slot, future.result()) for slot, future in asked]
+
+
+# ---------------------------------------------------------------------------------------------
+# Token credit by an informed replay
+
+
+class Rlsd(Method):
+    """Â_t ← Â W_t; W from Δ_t = sg[log π_T(y_t | x, r, y_<t) − log π_θ(y_t | x, y_<t)].
+
+    The teacher π_T is a copy of the policy, overwritten every --sd_sync steps; r the gold answer.
+    λ falls from --sd_lambda to 0 over --sd_horizon steps, then the copy goes and all is GRPO. Δ is
+    taken before the step's first update. The authors run --beta 0, --clip_high 0.28.
+    """
+    names, horizon, among = ("credit_weight", "credit_change"), 60, False
+
+    def weight(self, step):
+        """λ of a step, counted from 0."""
+        return self.config.sd_lambda * max(0.0, 1 - step / (self.config.sd_horizon or self.horizon))
+
+    def start(self, load):
+        """The copy: fp32 like the policy's weights, sharded like them, never trained."""
+        self.copy = load(trainable=False, master=True) if self.weight(0) else None
+
+    def weigh(self, run, batches):
+        for batch in batches if self.weight(run.step) else []:
+            self.apply(batch, self.gap(run, batch), self.weight(run.step))
+
+    def apply(self, batch, gap_T, weight):
+        """Â_t ← Â_t W_t."""
+        W_T = token_credit(batch.advantage_T, gap_T, weight, self.config.sd_clip)
+        batch.advantage_T = batch.advantage_T * W_T
+        if batch.members:
+            self.count("credit_weight", weight)
+            self.count("credit_change", (W_T - 1).abs().sum().item(), len(W_T))
+
+    def gap(self, run, batch):
+        """Δ [T]: the same prefixes and completions under [hint, header] and under [header].
+
+        `among`: log-probs renormalised over the teacher's --sd_topk likeliest tokens and y_t.
+        """
+        informed = [run.suffix(self.hint(group.sample, slot)) for group, slot in batch.members]
+        rest = batch.owners, batch.completions
+        support = self.config.sd_topk or None if self.among else None
+        with torch.no_grad():
+            theirs_T, ids_TK = self.copy(batch.prefixes, informed or batch.suffixes, *rest,
+                                         support=support)
+            ours_T, _ = run.student(batch.prefixes, batch.suffixes, *rest, support=ids_TK)
+        return (theirs_T - ours_T).cpu()
+
+    def hint(self, sample, slot):
+        """What the replay is told and the policy is not."""
+        return (f"\nA reference solution ends with the answer {sample.answer}. Make sure you see "
+                "why, then solve the question in your own way.")
+
+    def after(self, run, groups):
+        """θ_T ← θ_T + rate (θ − θ_T); drop the copy when λ has come to 0."""
+        if self.copy is not None and (rate := self.rate(run.step + 1)):
+            self.copy.follow(run.student, rate)
+        self.resume(run.step + 1, None)
+
+    def rate(self, steps):
+        """1 when a copy is due."""
+        return float(steps % self.config.sd_sync == 0)
+
+    def resume(self, step, state):
+        self.copy = self.copy if self.weight(step) else None
+
+
+class Visd(Rlsd):
+    """RLSD with an average over steps for a teacher (EMA), r with evidence and a judge's feedback,
+    and Δ on a support of tokens.
+
+    The authors run --rollouts 4, --loss_norm sequence, --beta 0; their reward has five more parts.
+    """
+    asks, horizon, among = True, 600, True
+
+    def beside(self, run, groups, key, phases):
+        if self.weight(run.step):
+            for slot, feedback in told(run, "feedback", groups, phases):
+                slot.note = feedback
+
+    def hint(self, sample, slot):
+        """Verified answer, window, key frames; the feedback on this rollout."""
+        parts = [f"\nFor you alone: the verified answer is {sample.answer}."]
+        for evidence in sample.evidence:
+            times = [t for t in sample.clip.times if evidence.start <= t <= evidence.end]
+            shown = f", in the frames at {', '.join(f'{t:.1f}' for t in times)} s" if times else ""
+            parts.append(f"It shows from {evidence.start:.1f} s to {evidence.end:.1f} s{shown}.")
+        return " ".join([*parts, slot.note or ""]).rstrip()
+
+    def rate(self, steps):
+        """μ after every step."""
+        return self.config.sd_ema
+
+
+class FfrVisd(Ffr):
+    """FFR, where a repair's tokens weigh by Δ = log π(y | x, c) − log π(y | x); first tries: W = 1.
+
+    Both are the sampling policy's: log π(y | x, c) is the repair's old_logp, so one pass will do.
+    """
+    names, horizon, weight, apply = Rlsd.names, Visd.horizon, Rlsd.weight, Rlsd.apply
+
+
+METHODS = {"ffr": Ffr, "grpo": Method, "sft": Sft, "sft_teacher": SftTeacher, "tgrpo": Tgrpo,
+           "luffy": Luffy, "replay": Replay, "vote": Vote, "judge": Judge, "rlsd": Rlsd,
+           "visd": Visd, "ffr_visd": FfrVisd}
