@@ -14,6 +14,7 @@ Dimensions: F frames, N patches, M images or videos; image axes: c channels, h h
 """
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -21,7 +22,6 @@ import queue
 import re
 import signal
 import stat
-import struct
 import subprocess
 import sys
 import threading
@@ -46,8 +46,7 @@ MAX_IMAGE_PIXELS = 401_408  # 512 * 28 * 28
 SHOWN = 30  # wrong rows or missing files that one message lists
 
 
-# ---------------------------------------------------------------------------------------------
-# Samples
+# --- samples --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -222,8 +221,7 @@ def _evidence(item):
     return Evidence(float(start), float(end), tuple(map(float, box)) if box else None, note or "")
 
 
-# ---------------------------------------------------------------------------------------------
-# Decoding one file
+# --- decoding one file ----------------------------------------------------------------------------
 
 
 class Stills:
@@ -341,30 +339,22 @@ def try_decode(*request):
         return None, f"{type(error).__name__}: {line}"[:300]
 
 
-# ---------------------------------------------------------------------------------------------
-# Frames on disk
-
-MAGIC, HEAD = b"FFR1", struct.Struct("<4sII")  # magic, checksum of the rest, length of the header
+# --- frames on disk -------------------------------------------------------------------------------
 
 
 def pack(clip):
-    """A clip as bytes: head, header (JSON), pixels."""
-    fields = clip.times, clip.indices, clip.fps, clip.duration, clip.total_frames
-    header = json.dumps([list(clip.frames.shape), *fields]).encode()
-    rest = header + clip.frames.numpy().tobytes()
-    return HEAD.pack(MAGIC, zlib.crc32(rest), len(header)) + rest
+    """A clip as bytes: an npz and a checksum of it."""
+    np.savez(file := io.BytesIO(), **vars(clip))
+    return file.getvalue() + zlib.crc32(file.getvalue()).to_bytes(4)
 
 
 def unpack(data):
     """The clip that was packed; ValueError where a byte is missing or wrong."""
-    data = bytearray(data)  # torch wants memory that it may write to
-    _require(len(data) > HEAD.size, "the frames are cut off")
-    magic, checksum, length = HEAD.unpack_from(data)
-    rest = memoryview(data)[HEAD.size:]
-    _require(magic == MAGIC and checksum == zlib.crc32(rest), "the frames are damaged")
-    shape, times, indices, *others = json.loads(bytes(rest[:length]))
-    frames = torch.frombuffer(data, dtype=torch.uint8, offset=HEAD.size + length).view(shape)
-    return Clip(frames, tuple(times), tuple(indices), *others)
+    data, checksum = memoryview(data)[:-4], data[-4:]
+    _require(data and zlib.crc32(data).to_bytes(4) == checksum, "the frames are damaged")
+    frames, times, indices, *numbers = np.load(io.BytesIO(data)).values()  # in Clip's order
+    numbers = (number.item() for number in numbers)
+    return Clip(torch.from_numpy(frames), tuple(times.tolist()), tuple(indices.tolist()), *numbers)
 
 
 class FrameCache:
@@ -424,31 +414,27 @@ class FrameCache:
                 excess -= entry_size
 
 
-# ---------------------------------------------------------------------------------------------
-# Decoding ahead, in processes that can be killed
+# --- decoding ahead, in processes that can be killed ----------------------------------------------
 
 
 class Worker:
     """One decoding process and the pipe to it; started when asked, if it is not running."""
 
-    def __init__(self):
-        self.process, self.pipe = None, None
+    process = None
 
     def ask(self, request, seconds):
         """Decode: (clip, "") or (None, reason), within `seconds` once the process runs."""
-        if self.process and self.process.poll() is not None:
-            self.end()  # it died between two files, which is not the next one's fault
-        if not self.process:
+        if not self.process or self.process.poll() is not None:  # it may have died since
             self._start()
         try:
             self.pipe.send(request)
             if not self.pipe.poll(seconds):
                 self.end()
                 return None, f"decoding took longer than {seconds:g} s"
-            data = self.pipe.recv_bytes()
+            packed, reason = self.pipe.recv()
         except (EOFError, OSError):
             return None, f"the decoding process died, {self.end()}"
-        return (unpack(data), "") if data.startswith(MAGIC) else (None, data.decode())
+        return packed and unpack(packed), reason
 
     def _start(self):
         self.pipe, theirs = Pipe()
@@ -456,21 +442,15 @@ class Worker:
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
         theirs.close()
         try:
-            self.pipe.recv_bytes()  # its imports are done
+            self.pipe.recv()  # its imports are done
         except (EOFError, OSError):
             raise RuntimeError(f"a decoding process did not start, {self.end()}") from None
 
     def end(self):
         """Kill the process if it still runs; says how it ended."""
-        self.kill()
-        code, self.process = self.process.wait(), None
-        self.pipe.close()
+        self.process.kill()
+        code = self.process.wait()
         return f"signal {-code}" if code < 0 else f"exit code {code}"
-
-    def kill(self):
-        """Kill the process, from any thread; the one that asked it learns that it died."""
-        if process := self.process:
-            process.kill()
 
 
 class ClipLoader:
@@ -488,16 +468,15 @@ class ClipLoader:
         self.limits = {"video": (frames, max_pixels, factor),
                        "image": (1, max_image_pixels, factor)}
         self.time_limit, self.cache, self.counts = time_limit, cache, Counter()
-        self.pending, self.jobs, self.threads = {}, queue.SimpleQueue(), []
+        self.pending, self.jobs = {}, queue.SimpleQueue()
         self.workers = [Worker() for _ in range(workers)]
+        self.threads = [threading.Thread(target=self._serve, args=(worker,), daemon=True)
+                        for worker in self.workers]  # one for each process, to watch over it
+        for thread in self.threads:
+            thread.start()
 
     def submit(self, samples):
         """Say which samples come next; what is decoded stays in memory until get() takes it."""
-        if not self.threads:  # one for each process, to watch over it
-            self.threads = [threading.Thread(target=self._serve, args=(worker,), daemon=True)
-                            for worker in self.workers]
-            for thread in self.threads:
-                thread.start()
         for sample in samples:
             if self.workers and sample not in self.pending:
                 self.pending[sample] = Future()
@@ -506,10 +485,8 @@ class ClipLoader:
     def get(self, sample):
         """Wait for a sample: (sample with its clip, None) or (None, reason)."""
         self.submit([sample])
-        if self.workers:
-            clip, outcome = self.pending.pop(sample).result()
-        else:
-            clip, outcome = self._load(sample)
+        future = self.pending.pop(sample, None)
+        clip, outcome = future.result() if future else self._load(sample)
         self.counts[outcome if clip else "failed"] += 1
         return (replace(sample, clip=clip), None) if clip else (None, outcome)
 
@@ -547,7 +524,8 @@ class ClipLoader:
             self.jobs.put(None)
         for worker, thread in zip(self.workers, self.threads):
             while thread.is_alive():
-                worker.kill()  # again and again: it may just be starting
+                if worker.process:
+                    worker.process.kill()  # again and again: it may just be starting
                 thread.join(0.1)
 
 
@@ -566,10 +544,10 @@ def decoding_process(pipe):
         os._exit(0)  # also out of a file that hangs
 
     threading.Thread(target=listen, daemon=True).start()
-    pipe.send_bytes(b"ready")
+    pipe.send("ready")
     while True:
         clip, reason = try_decode(*requests.get())
-        pipe.send_bytes(pack(clip) if clip else reason.encode())
+        pipe.send((clip and pack(clip), reason))
 
 
 def record_bad(path, sample, reason):
@@ -579,8 +557,7 @@ def record_bad(path, sample, reason):
         file.write(line.encode())
 
 
-# ---------------------------------------------------------------------------------------------
-# Prompts
+# --- prompts --------------------------------------------------------------------------------------
 
 TEMPLATE = """{question}
 
