@@ -32,6 +32,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+
 ERROR_TYPES = ("temporal", "spatial", "misconception")  # the paper's appendix, Table 6
 QUERY_KINDS = ("counting", "dynamics", "temporal", "spatial", "attribute", "logic")  # Table 1
 EVIDENCE_LEVELS = ("none", "text", "frames")
@@ -54,6 +56,13 @@ class Patch:
     times: tuple[float, float] | None  # the same range in seconds
     temporal_markers: tuple[str, ...] = ()
     regions: tuple[tuple[float, float, float, float], ...] = ()  # x1 y1 x2 y2, each in 0..1
+
+    def __post_init__(self):
+        """Bound what is in it, whoever made it: the student reads all of it."""
+        markers = tuple(plain(marker, MAX_MARKER) for marker in self.temporal_markers[:MAX_MARKERS])
+        object.__setattr__(self, "guidance", plain(self.guidance, MAX_GUIDANCE))
+        object.__setattr__(self, "temporal_markers", markers)
+        object.__setattr__(self, "regions", tuple(self.regions[:MAX_REGIONS]))
 
 
 @dataclass(frozen=True)
@@ -90,29 +99,17 @@ def render(patch: Patch, evidence: str) -> str:
     """
     assert evidence in EVIDENCE_LEVELS, evidence
     error = patch.error_type + ("" if patch.error_type == "misconception" else " error")
-    parts = [f"Evidence: a {error}."]
-    guidance = plain(patch.guidance, MAX_GUIDANCE)
-    markers = [plain(marker, MAX_MARKER) for marker in patch.temporal_markers[:MAX_MARKERS]]
-    if evidence == "none":
-        guidance, markers = _without_places(guidance), [_without_places(m) for m in markers]
-    elif patch.key_frames or patch.regions:
-        parts.append(f"Look again at {_where(patch)}.")
-    if any(markers):
-        parts.append(f"Moment: {'; '.join(marker for marker in markers if marker)}.")
-    return "\n" + " ".join([*parts, guidance]).strip()
-
-
-def _where(patch: Patch) -> str:
-    """Name the key frames, their seconds and the regions in words."""
-    places = []
+    texts, places = [patch.guidance, *patch.temporal_markers], []
     if patch.key_frames:
         seconds = f" ({patch.times[0]:.1f} s to {patch.times[1]:.1f} s)" if patch.times else ""
-        places.append(f"frames {patch.key_frames[0]} to {patch.key_frames[1]}{seconds}")
-    places += [
-        f"region ({x1:.2f}, {y1:.2f}) to ({x2:.2f}, {y2:.2f})"
-        for x1, y1, x2, y2 in patch.regions[:MAX_REGIONS]
-    ]
-    return ", ".join(places)
+        places = [f"frames {patch.key_frames[0]} to {patch.key_frames[1]}{seconds}"]
+    places += ["region ({:.2f}, {:.2f}) to ({:.2f}, {:.2f})".format(*r) for r in patch.regions]
+    if evidence == "none":
+        texts, places = map(_without_places, texts), []
+    guidance, *markers = texts
+    where = f" Look again at {', '.join(places)}." if places else ""
+    moment = f" Moment: {'; '.join(filter(None, markers))}." if any(markers) else ""
+    return f"\nEvidence: a {error}.{where}{moment} {guidance}".rstrip()
 
 
 def _without_places(text: str) -> str:
@@ -133,18 +130,14 @@ def patch_images(patch: Patch, frames_F3hw, evidence: str) -> list:
     assert evidence in EVIDENCE_LEVELS, evidence
     if evidence != "frames":
         return []
-    F = len(frames_F3hw)
+    F, images = len(frames_F3hw), []
+    first, last = patch.key_frames or (F // 2, F // 2)
+    assert 0 <= first <= last < F, f"key frames {patch.key_frames} of {F}"
     if patch.key_frames:
-        first, last = patch.key_frames
-        assert 0 <= first <= last < F, f"key frames {patch.key_frames} of {F}"
-        count = min(MAX_KEY_IMAGES, last - first + 1)
-        step = (last - first) / max(count - 1, 1)
-        chosen = [first + round(i * step) for i in range(count)]
-        images = [frames_F3hw[i] for i in chosen]
-    else:
-        chosen, images = [F // 2], []
+        shown = np.linspace(first, last, min(MAX_KEY_IMAGES, last - first + 1)).round()
+        images = [frames_F3hw[int(i)] for i in shown]
     for region in patch.regions[: MAX_REGIONS // 2]:
-        images += [crop(frames_F3hw[i], region) for i in dict.fromkeys([chosen[0], chosen[-1]])]
+        images += [crop(frames_F3hw[i], region) for i in sorted({first, last})]
     return images
 
 
@@ -188,31 +181,25 @@ def alignment(text: str, patch: Patch) -> float:
 
 def _names_range(rationale: str, patch: Patch) -> bool:
     """Return whether a range of frames or of seconds in the text is the patch's."""
-    named = []
-    for numbers, end in _FRAMES.findall(rationale) if patch.key_frames else ():
-        numbers = [float(n) for n in numbers.split(",")] + ([float(end)] if end else [])
-        named.append((min(numbers), max(numbers), patch.key_frames, 1.0))
-    for start, end in _SECONDS.findall(rationale) if patch.times else ():
-        numbers = float(start), float(end or start)
-        named.append((min(numbers), max(numbers), patch.times, 0.1))  # 0.1: times are rounded
-    return any(
-        low <= last + slack / 2
-        and high >= first - slack / 2
-        and high - low + slack <= 2 * (last - first + slack)
-        for low, high, (first, last), slack in named
-    )
+    for pattern, span, slack in ((_FRAMES, patch.key_frames, 1.0), (_SECONDS, patch.times, 0.1)):
+        for named in pattern.findall(rationale) if span else ():
+            numbers = [float(n) for n in ",".join(filter(None, named)).split(",")]
+            low, high, (first, last) = min(numbers), max(numbers), span
+            overlaps = low <= last + slack / 2 and high >= first - slack / 2
+            if overlaps and high - low + slack <= 2 * (last - first + slack):
+                return True
+    return False
 
 
 def _names_region(rationale: str, patch: Patch) -> bool:
     """Return whether a box or a corner in the text is one of the patch's regions."""
-    boxes = [tuple(float(n) for n in numbers) for numbers in _BOX.findall(rationale)]
+    boxes = [tuple(map(float, numbers)) for numbers in _BOX.findall(rationale)]
     corners = {(v.lower() in ("top", "upper"), s.lower()) for v, s in _CORNER.findall(rationale)}
-    for region in patch.regions:
-        x1, y1, x2, y2 = region
-        corner = (y1 + y2 < 1, "left" if x1 + x2 < 1 else "right")
-        if corner in corners or any(_iou(box, region) >= 0.5 for box in boxes):
-            return True
-    return False
+    return any(
+        (y1 + y2 < 1, "left" if x1 + x2 < 1 else "right") in corners
+        or any(_iou(box, (x1, y1, x2, y2)) >= 0.5 for box in boxes)
+        for x1, y1, x2, y2 in patch.regions
+    )
 
 
 def _iou(a, b) -> float:
@@ -246,25 +233,19 @@ WHERE_TO_LOOK = {
 
 def query_kind(question: str) -> str:
     """Return the kind of a question by the words in it, one of QUERY_KINDS."""
-    for kind, words in KIND_WORDS:
-        if re.search(words, question, re.I):
-            return kind
-    return "attribute"
+    found = (kind for kind, words in KIND_WORDS if re.search(words, question, re.I))
+    return next(found, "attribute")
 
 
 def key_range(times, start: float, end: float) -> tuple[int, int] | None:
     """Return the first and last frame inside [start, end], widened to two; None for one frame."""
     if len(times) < 2:
         return None
-    inside = [i for i, t in enumerate(times) if start - 1e-3 <= t <= end + 1e-3]
-    if inside:
-        first, last = inside[0], inside[-1]
-    else:  # between two frames, or outside the clip: the frame before and the one after
-        first = max([i for i, t in enumerate(times) if t < start], default=0)
-        last = min([i for i, t in enumerate(times) if t > end], default=len(times) - 1)
-    if first == last:
-        first, last = (first, last + 1) if last + 1 < len(times) else (first - 1, last)
-    return first, last
+    first = bisect.bisect_left(times, start - 1e-3)
+    last = bisect.bisect_right(times, end + 1e-3) - 1
+    first, last = sorted((first, last))  # none is inside: the frame before and the one after
+    first = min(max(first, 0), len(times) - 2)
+    return first, min(max(last, first + 1), len(times) - 1)
 
 
 # --- the leak guard -------------------------------------------------------------------------------
@@ -388,18 +369,12 @@ def leak(patch: Patch, sample, response: str) -> str:
 
     Rules on what the student would read; the paper trusts the prompt alone (Table 5).
     """
-    guidance = plain(patch.guidance, MAX_GUIDANCE)
-    markers = [plain(marker, MAX_MARKER) for marker in patch.temporal_markers[:MAX_MARKERS]]
-    text = spelled("; ".join([guidance, *markers]))
+    text = spelled("; ".join([patch.guidance, *patch.temporal_markers]))
     told = [what for what, pattern in TOLD.items() if re.search(pattern, text)]
-    found = [
-        *(what for what in told if what.startswith("direct")),
-        _tells_answer(text, sample, response),
-        _tells_place(patch, sample),
-        *told,
-        "partial: states what is to be seen" if states(guidance) else "",
-    ]
-    return next(filter(None, found), "")
+    direct = [what for what in told if what.startswith("direct")]
+    stated = "partial: states what is to be seen" if states(patch.guidance) else ""
+    found = *direct, _tells_answer(text, sample, response), _tells_place(patch, sample), *told
+    return next(filter(None, found), stated)
 
 
 def _tells_answer(text: str, sample, response: str) -> str:
@@ -593,23 +568,16 @@ class Annotated(Teacher):
     def _diagnosis(self, sample, response: str) -> Diagnosis:
         if not sample.evidence or sample.clip is None:
             return Diagnosis(None, "failed", "no evidence" if sample.clip else "no clip")
-        times = sample.clip.times
+        times, kind = sample.clip.times, query_kind(sample.question)
         span = min(e.start for e in sample.evidence), max(e.end for e in sample.evidence)
         key_frames = key_range(times, *span)
-        kind = query_kind(sample.question)
-        patch = Patch(
-            error_type="temporal",
-            query_kind=kind,
-            guidance=WHERE_TO_LOOK[kind],
-            key_frames=key_frames,
-            times=(times[key_frames[0]], times[key_frames[1]]) if key_frames else None,
-            regions=tuple(e.box for e in sample.evidence if e.box)[:MAX_REGIONS],
-        )
-        if notes := " ".join(e.note for e in sample.evidence if e.note):
-            patch = replace(patch, guidance=plain(f"{patch.guidance} {notes}", MAX_GUIDANCE))
+        seconds = (times[key_frames[0]], times[key_frames[1]]) if key_frames else None
+        guidance = " ".join([WHERE_TO_LOOK[kind], *(e.note for e in sample.evidence)])
+        boxes = tuple(e.box for e in sample.evidence if e.box)
+        patch = Patch("temporal", kind, guidance, key_frames, seconds, regions=boxes)
         if not re.search(r"<answer>\s*\S.*?</answer>", response, re.S | re.I):
             patch = replace(patch, error_type="misconception")
-        elif patch.regions and (key_frames is None or _names_range(response, patch)):
+        elif boxes and (key_frames is None or _names_range(response, patch)):
             patch = replace(patch, error_type="spatial")
         return Diagnosis(patch, "patched")
 
@@ -745,15 +713,9 @@ def parse_patch(given, clip) -> Patch:
     if F > 1 and len(set(frames)) < 2:
         raise ValueError("key_frames must be the first and the last of a range, never one frame")
     span = (min(frames), max(frames)) if frames else None
-    return Patch(
-        error_type=given["error_type"],
-        query_kind=given["query_kind"],
-        guidance=plain(guidance, MAX_GUIDANCE),
-        key_frames=span,
-        times=(clip.times[span[0]], clip.times[span[1]]) if span else None,
-        temporal_markers=tuple(plain(m, MAX_MARKER) for m in markers[:MAX_MARKERS]),
-        regions=tuple(_region(region) for region in regions[:MAX_REGIONS]),
-    )
+    seconds = (clip.times[span[0]], clip.times[span[1]]) if span else None
+    kinds, boxes = (given["error_type"], given["query_kind"]), map(_region, regions[:MAX_REGIONS])
+    return Patch(*kinds, guidance, span, seconds, tuple(markers), tuple(boxes))
 
 
 def _real(value) -> float:
@@ -794,7 +756,6 @@ def _reader(path: str):
 
 def originals(sample, indices=None, seconds=None) -> tuple[list, list[float]]:
     """Return frames of the original file as uint8 [3, h, w], by number or time, and their times."""
-    import numpy as np
     import torch
 
     if sample.media_type == "image":
