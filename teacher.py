@@ -28,6 +28,7 @@ import threading
 import unicodedata
 from collections import Counter, OrderedDict
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -210,6 +211,7 @@ def _iou(a, b) -> float:
 
 # --- kinds of question, key frames ----------------------------------------------------------------
 
+ANSWER = re.compile(r"<answer>(.*?)</answer>", re.S | re.I)
 # The first kind whose words occur in the question; "attribute" when none do.
 KIND_WORDS = (
     ("counting", r"how (many|often)|number of|count\b|total of"),
@@ -229,6 +231,11 @@ WHERE_TO_LOOK = {
     "attribute": "Look closely at what the question asks about.",
     "logic": "Watch what comes just before and what follows from it.",
 }
+
+
+def answer_in(response: str) -> str:
+    """Return the last answer that a response gives, "" where it gives none."""
+    return ([""] + ANSWER.findall(response))[-1].strip()
 
 
 def query_kind(question: str) -> str:
@@ -287,8 +294,10 @@ ADVICE = set(  # advice begins with one of these; any other sentence states some
     " select separate start step stay study subtract take think tick trace track treat try use"
     " verify view wait watch write zoom".split()
 )
+OPENING = "after at before by during for from if in on once over when while with".split()
 LEAD = "then now also but and so first finally instead rather again next please carefully only"
-LEAD = rf"^((?:{LEAD.replace(' ', '|')}),? )+"
+NOTE = "(note|notice|see|observe|remember|consider|keep in mind)"
+LEAD = rf"^((?:{LEAD.replace(' ', '|')}),? )*({NOTE} that )?"
 ABOUT_THE_TASK = re.compile(  # statements that are no harm
     r"(what )?you\b(?! (should|will|can|could|would|must) (see|find|notice|get|spot))|your\b"
     r"|(part of )?the (question|task|camera|frames?|clip|range|letters|text|view|relevant)\b"
@@ -332,11 +341,10 @@ def spelled(text: str) -> str:
     """
 
     def value(match):
-        before, after = text[: match.start()].split()[-1:], text[match.end() : match.end() + 1]
-        if match[0] == "one" and before not in (["only"], ["just"], ["exactly"], ["is"], ["but"]):
-            return "one"
-        if match[0] == "once" and after.isspace():
-            return "once"
+        before, after = text[: match.start()], text[match.end() :]
+        lone = not re.search(r"(^|\s)(only|just|exactly|is|but)\s+$", before)
+        if match[0] == "one" and lone or match[0] == "once" and after[:1].isspace():
+            return match[0]
         total = 0
         for word in re.findall("[a-z]+", match[0]):
             total += NUMBERS.get(word, 0) + TENS.get(word, 0)
@@ -344,8 +352,7 @@ def spelled(text: str) -> str:
         return str(total)
 
     text = text.lower().replace("’", "'")
-    stop = re.compile(r"\b(?:[a-z][- ]){2,}[a-z]\b")  # s-t-o-p
-    text = stop.sub(lambda match: re.sub("[- ]", "", match[0]), text)
+    text = re.sub(r"\b([a-z][- ]){2,}[a-z]\b", lambda m: re.sub("[- ]", "", m[0]), text)  # s-t-o-p
     text = _NUMBER_WORDS.sub(value, text)
     text = re.sub(r"\bhalf an? (\d+)", lambda m: f"{int(m[1]) / 2:g}", text)
     return re.sub(r"\b(\d+) and a half\b", r"\1.5", text)
@@ -383,7 +390,7 @@ def _tells_answer(text: str, sample, response: str) -> str:
     options = {o.lstrip("(")[:1].upper(): re.sub(r"^\(?[A-Za-z][.):]\s*", "", o) for o in options}
     asked, gold = plain(sample.question, 2000), plain(sample.answer, 500)
     gold, response = options.get(gold.strip("(). ").upper(), gold), response[:20_000]
-    said = (re.findall(r"<answer>(.*?)</answer>", response, re.S | re.I) or [""])[-1].strip()
+    said = answer_in(response)
     said = options.get(said.strip("(). ").upper()[:1], said)
     text = re.sub(r"\bright (?=before|after|when|where|at|as\b)", "", _FRAMES.sub(" ", text))
     if not re.search(r"second|when|long|time|duration|minute", asked, re.I):
@@ -397,7 +404,10 @@ def _tells_answer(text: str, sample, response: str) -> str:
         return "direct: leaves one option"
     if named - {said} and gold not in named:
         return "partial: names an option"
-    if any(_near(number, gold, sample.kind) for number in re.findall(r"\d+(?:\.\d+)?", text)):
+    goal, slack = _number(gold), 0.25 if sample.kind == "regression" else 0.001  # of the goal
+    numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", text)]
+    numbers += [number / 100 for number in numbers]  # 280 cm are 2.8 m
+    if goal is not None and any(abs(number - goal) <= slack * abs(goal) for number in numbers):
         return "direct: names the number"
     tells = telling(gold, question | shared)
     hits = (tells - words(said)) & told
@@ -421,13 +431,6 @@ def _number(text: str) -> float | None:
     return float(match[1]) if match else None
 
 
-def _near(number: str, gold: str, kind: str) -> bool:
-    """Return whether a number says the gold one: a graded one to a quarter, also in hundredths."""
-    goal, slack = _number(gold), 0.25 if kind == "regression" else 0.001
-    values = (float(number), float(number) / 100)  # 280 cm are 2.8 m
-    return goal is not None and any(abs(value - goal) <= slack * abs(goal) for value in values)
-
-
 def _tells_place(patch: Patch, sample) -> str:
     """Look for the answer in the key frames (where a time is asked for) or regions (a place)."""
     times = sample.clip.times if sample.clip else ()
@@ -448,21 +451,16 @@ def _tells_place(patch: Patch, sample) -> str:
 
 
 def states(text: str) -> bool:
-    """Return whether a sentence states something about the video where it should give advice."""
-    return any(_is_statement(clause) for clause in re.split(r"(?<=[.;!?:])\s+", text.lower()))
-
-
-def _is_statement(clause: str) -> bool:
-    clause = re.sub(LEAD, "", clause.strip(" \"'"))
-    clause = re.sub(r"^(note|notice|see|observe|remember|consider|keep in mind) that ", "", clause)
-    heads = re.findall(r"[\w'-]+", clause)
-    if len(heads) < 2 or heads[0] in ADVICE or clause.endswith("?"):
-        return False
-    if heads[0] in "after at before by during for from if in on once over when while with".split():
-        pairs = zip(heads[1:10], heads[2:10])  # "for each event ask what …"
-        if any(b in ADVICE and a not in "a an the his her its to".split() for a, b in pairs):
-            return False
-    return not ABOUT_THE_TASK.match(clause.rstrip(".;:!"))
+    """Return whether a clause states something about the video where it should give advice."""
+    for clause in re.split(r"(?<=[.;!?:])\s+", text.lower()):
+        clause = re.sub(LEAD, "", clause.strip(" \"'"))
+        heads = re.findall(r"[\w'-]+", clause)
+        pairs = zip(heads[1:10], heads[2:10]) if heads and heads[0] in OPENING else ()
+        advice = any(b in ADVICE and a not in "a an the his her its to".split() for a, b in pairs)
+        advice = advice or len(heads) < 2 or heads[0] in ADVICE or clause.endswith("?")
+        if not advice and not ABOUT_THE_TASK.match(clause.rstrip(".;:!")):
+            return True
+    return False
 
 
 # --- teachers -------------------------------------------------------------------------------------
@@ -719,13 +717,10 @@ def parse_patch(given, clip) -> Patch:
 
 
 def _real(value) -> float:
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"{plain(value, 40)!r} is not a number")
-    return number
+    with suppress(TypeError, ValueError, OverflowError):
+        if not isinstance(value, bool) and math.isfinite(number := float(value)):
+            return number
+    raise ValueError(f"{plain(value, 40)!r} is not a number")
 
 
 def _whole(value, F: int) -> int:
@@ -1291,10 +1286,9 @@ def _asked(sample) -> str:
 
 def _answered(response: str) -> str:
     """Return the student's response for the teacher to read, without its tags."""
-    said = re.findall(r"<answer>(.*?)</answer>", response, re.S | re.I)
-    thought = re.sub(r"<answer>.*?</answer>", " ", response, flags=re.S | re.I)
-    said = plain(said[-1], 500) if said else "none that can be read"
-    return f"The student's reasoning: {plain(thought, 6000)}\nThe student's answer: {said}"
+    said = plain(answer_in(response), 500) or "none that can be read"
+    thought = plain(ANSWER.sub(" ", response), 6000)
+    return f"The student's reasoning: {thought}\nThe student's answer: {said}"
 
 
 def _last_text(answer: dict) -> str:
@@ -1397,10 +1391,8 @@ def main() -> None:
     path = args.run / "patches.jsonl" if args.run.is_dir() else args.run
     rows = []
     for text in path.read_text().splitlines():
-        try:
+        with suppress(ValueError):  # the last line of a killed run
             rows.append(json.loads(text))
-        except ValueError:  # the last line of a killed run
-            continue
     found = audit(rows, args.price)
     print_audit(found)
     path.with_name("audit.json").write_text(json.dumps(found, indent=1) + "\n")
