@@ -698,12 +698,13 @@ def parse_patch(given, clip) -> Patch:
     for name, allowed in (("error_type", ERROR_TYPES), ("query_kind", QUERY_KINDS)):
         if given.get(name) not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}")
-    names = "guidance", "key_frames", "temporal_markers", "regions"
-    guidance, frames, markers, regions = (given.get(name) or [] for name in names)
+    guidance = given.get("guidance")
     if not isinstance(guidance, str) or not plain(guidance, MAX_GUIDANCE):
         raise ValueError("guidance must be a sentence")
-    if not all(isinstance(values, list) for values in (frames, markers, regions)):
+    lists = [given.get(name) or [] for name in ("key_frames", "temporal_markers", "regions")]
+    if not all(isinstance(values, list) for values in lists):
         raise ValueError("key_frames, temporal_markers and regions must be lists")
+    frames, markers, regions = lists
     if not all(isinstance(marker, str) for marker in markers):
         raise ValueError("temporal_markers must be strings")
     F = len(clip.times)
@@ -774,28 +775,28 @@ def originals(sample, indices=None, seconds=None) -> tuple[list, list[float]]:
 
 def look(sample, name: str, given) -> tuple[str, list[str]]:
     """Answer one tool call: a line of text and JPEGs in base64; ValueError says what to mend."""
-    given = given if isinstance(given, dict) else {}
+    given, clip = given if isinstance(given, dict) else {}, sample.clip
     if name == "get_temporal_segment":
         if sample.media_type == "image":
             raise ValueError("an image has no temporal segments")
         start, end, stride = (_real(given.get(key)) for key in ("start", "end", "stride"))
-        end = min(end, sample.clip.duration)
+        end = min(end, clip.duration)
         if not 0 <= start < end or stride <= 0:
-            raise ValueError(f"needs 0 <= start < end <= {sample.clip.duration:.1f} and stride > 0")
+            raise ValueError(f"needs 0 <= start < end <= {clip.duration:.1f} and stride > 0")
         stride = max(stride, (end - start) / (MAX_SEGMENT - 1))
-        count = min(int((end - start) / stride + 1e-6) + 1, MAX_SEGMENT)
-        frames, times = originals(sample, seconds=[start + i * stride for i in range(count)])
+        seconds = np.arange(start, end + 1e-6 * stride, stride)[:MAX_SEGMENT]
+        frames, times = originals(sample, seconds=seconds)
         text = "frames at " + ", ".join(f"{t:.2f} s" for t in times)
         return text, [jpeg(frame) for frame in frames]
     if name not in ("get_frame", "zoom_region"):
         raise ValueError(f"there is no tool {str(name)[:40]!r}")
-    index = _whole(given.get("index"), len(sample.clip.times))
-    frames, _ = originals(sample, indices=[sample.clip.indices[index]])
-    text = f"frame {index}, {sample.clip.times[index]:.2f} s"
-    if name == "get_frame":
-        return text, [jpeg(frames[0])]
-    region = _region([given.get(key) for key in ("x1", "y1", "x2", "y2")])
-    return f"{text}, region {region}", [jpeg(crop(frames[0], region), ZOOM)]
+    index = _whole(given.get("index"), len(clip.times))
+    region = name == "zoom_region" and _region([given.get(key) for key in _CORNERS])
+    [frame], _ = originals(sample, indices=[clip.indices[index]])
+    text = f"frame {index}, {clip.times[index]:.2f} s"
+    if region:
+        return f"{text}, region {region}", [jpeg(crop(frame, region), ZOOM)]
+    return text, [jpeg(frame)]
 
 
 def jpeg(image_3hw, side: int = 0, pixels: int = MAX_TOOL_PIXELS) -> str:
@@ -977,8 +978,10 @@ class Service(Teacher):
                     result = [_text(f"Refused, {problem}. Say where to look, not what is there.")]
                 else:
                     result = await self._look(sample, call, looks)
-                    looks += sum(block["type"] == "image" for block in result)
-                results.append(_result(call, result))
+                    looks += len(result) - 1
+                # a lone text is an error that the teacher can mend
+                results.append({"type": "tool_result", "tool_use_id": call["id"], "content": result,
+                                "is_error": len(result) == 1})
             rest = "Call submit_patch now." if number + 1 >= last else "Look on or submit_patch."
             messages += [{"role": "assistant", "content": content}] if content else []
             marks.append(_text(rest) | {"cache_control": CACHED})
@@ -1179,9 +1182,9 @@ class Service(Teacher):
 
     def _charge(self, usage: list) -> None:
         into, write, read, out = usage
-        tokens = dict(input_tokens=into + write + read, output_tokens=out)
         dollars = money(usage, prices(self.config.price))
-        self._count(**tokens, cache_write_tokens=write, cache_read_tokens=read, dollars=dollars)
+        self._count(input_tokens=into + write + read, cache_write_tokens=write,
+                    cache_read_tokens=read, output_tokens=out, dollars=dollars)
         if self._folder:
             with open(self._folder / "spent.txt", "a") as file:
                 file.write(f"{dollars!r}\n")
@@ -1192,12 +1195,10 @@ class Service(Teacher):
         """Raise BudgetSpent when all that share the cache together have paid what may be paid."""
         if not self.config.budget:
             return
-        path = self._folder and self._folder / "spent.txt"
-        if path and path.exists():
-            with open(path, "rb") as file:
+        if self._folder:
+            with open(self._folder / "spent.txt", "a+b") as file:
                 file.seek(self._spent_read)
-                lines = file.read()
-            lines = lines[: lines.rfind(b"\n") + 1]  # another process may be writing the last one
+                lines = file.read().rpartition(b"\n")[0]  # the last one may be half written
             self._spent_read += len(lines)
             self._spent += sum(map(float, lines.split()))
         if self._spent >= self.config.budget:
@@ -1251,12 +1252,6 @@ def _text(text: str) -> dict:
     return {"type": "text", "text": text}
 
 
-def _result(call: dict, content: list[dict]) -> dict:
-    """Return a tool's result; one without an image is an error that the teacher can mend."""
-    error = not any(block["type"] == "image" for block in content)
-    return {"type": "tool_result", "tool_use_id": call["id"], "is_error": error, "content": content}
-
-
 def _echo(content: list[dict], number: int) -> tuple[list[dict], list[dict]]:
     """Return an answer as it goes back into the conversation, and its tool calls.
 
@@ -1305,9 +1300,8 @@ def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """Return the 95 % Wilson interval of the share k / n."""
     if n == 0:
         return 0.0, 1.0
-    middle, spread = (k + z * z / 2) / (n + z * z), z / (n + z * z)
-    spread *= math.sqrt(k * (n - k) / n + z * z / 4)
-    return max(0.0, middle - spread), min(1.0, middle + spread)
+    middle, spread = k + z * z / 2, z * math.sqrt(k * (n - k) / n + z * z / 4)
+    return max(0.0, (middle - spread) / (n + z * z)), min(1.0, (middle + spread) / (n + z * z))
 
 
 def audit(rows: list[dict], price: str = "") -> dict:
