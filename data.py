@@ -535,19 +535,16 @@ def decoding_process(pipe):
     decord.logging.set_level(decord.logging.QUIET)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    requests = queue.SimpleQueue()
 
-    def listen():
-        with suppress(EOFError, OSError):
-            while True:
-                requests.put(pipe.recv())
-        os._exit(0)  # also out of a file that hangs
-
-    threading.Thread(target=listen, daemon=True).start()
-    pipe.send("ready")
-    while True:
-        clip, reason = try_decode(*requests.get())
+    def answer(*request):
+        clip, reason = try_decode(*request)
         pipe.send((clip and pack(clip), reason))
+
+    with suppress(EOFError, OSError):
+        pipe.send("ready")
+        while True:
+            threading.Thread(target=answer, args=pipe.recv(), daemon=True).start()
+    os._exit(0)  # also out of a file that hangs
 
 
 def record_bad(path, sample, reason):
@@ -608,7 +605,7 @@ class Prompts:
         added = self.tokenizer.added_tokens_decoder.values()
         special = {processor.image_token, processor.video_token, *self.tokenizer.all_special_tokens}
         special |= {token.content for token in added if token.special}
-        longest_first = sorted(special, key=len, reverse=True)
+        longest_first = sorted(special, reverse=True)  # of those that begin alike
         self.special = re.compile("|".join(map(re.escape, longest_first)))
         self.header_text = self._render([])[1]
         self.header = self._plain(self.header_text)

@@ -330,7 +330,6 @@ TOLD = {  # what no patch may say, whatever the question
 @functools.cache
 def _stem(word: str) -> str:
     from nltk.stem.porter import PorterStemmer  # a dependency of rouge-score
-
     return PorterStemmer().stem(word)
 
 
@@ -746,17 +745,14 @@ _READING = threading.Lock()  # decord's readers are not thread-safe
 @functools.lru_cache(maxsize=4)
 def _reader(path: str):
     import decord
-
     return decord.VideoReader(path, num_threads=1)
 
 
 def originals(sample, indices=None, seconds=None) -> tuple[list, list[float]]:
     """Return frames of the original file as uint8 [3, h, w], by number or time, and their times."""
     import torch
-
     if sample.media_type == "image":
         from PIL import Image, ImageOps
-
         with Image.open(sample.media) as file:
             image = np.array(ImageOps.exif_transpose(file).convert("RGB"))
         return [torch.from_numpy(image).permute(2, 0, 1)], [0.0]
@@ -802,7 +798,6 @@ def look(sample, name: str, given) -> tuple[str, list[str]]:
 def jpeg(image_3hw, side: int = 0, pixels: int = MAX_TOOL_PIXELS) -> str:
     """Return an image as JPEG in base64: at least `side` long where given, within the limits."""
     from PIL import Image
-
     h, w = image_3hw.shape[-2:]
     scale = min(max(1.0, side / max(h, w)), math.sqrt(pixels / (h * w)))
     image = Image.fromarray(image_3hw.permute(1, 2, 0).numpy())
@@ -849,7 +844,7 @@ class TeacherConfig:
 
 
 class BudgetSpent(Exception):
-    pass
+    """What may be paid is paid."""
 
 
 class Service(Teacher):
@@ -862,7 +857,6 @@ class Service(Teacher):
     def __init__(self, config: TeacherConfig):
         super().__init__()
         import anthropic
-
         self._key = os.environ.get("ANTHROPIC_API_KEY", "")
         if not self._key:
             why = "(any word will do for a server of your own without keys)"
@@ -872,11 +866,9 @@ class Service(Teacher):
         self.config = config
         prices(config.price)  # wrong ones are an error now
         _stem("")  # the import is slow, so not in the first diagnosis
+        url = re.sub(r"/v1/?$", "", config.url) or None
         self._client = anthropic.AsyncAnthropic(
-            api_key=self._key,
-            base_url=re.sub(r"/v1/?$", "", config.url) or None,
-            max_retries=config.retries,
-            timeout=config.timeout,
+            api_key=self._key, base_url=url, max_retries=config.retries, timeout=config.timeout
         )
         self._folder = Path(config.cache) if config.cache else None
         if self._folder:
@@ -901,7 +893,6 @@ class Service(Teacher):
     def ping(self) -> None:
         """Make one small call with an image and a forced tool; RuntimeError says what to do."""
         import torch
-
         text = _text("Connection check: call submit_patch, guidance 'Look again.', frames 0, 1.")
         image = _image(jpeg(torch.full((3, 56, 56), 128, dtype=torch.uint8)))
         messages = [{"role": "user", "content": [image, text]}]
@@ -1020,13 +1011,13 @@ class Service(Teacher):
         body = {"model": self.config.model, "max_tokens": 100, **self._sampling()}
         body["messages"] = [{"role": "user", "content": content}]
         calls = [self._call(body, usage, tag=n) for n in range(self.config.blind_test)]
-        answers = [_last_text(answer) for answer in await asyncio.gather(*calls)]
-        gold = sample.answer.strip("(). ").upper()
-        return sum(
-            answer.strip("(). ").upper() == gold
-            or _tells_answer(spelled(answer), sample, "").startswith("direct")
-            for answer in answers
-        )
+        hits, gold = 0, sample.answer.strip("(). ").upper()
+        for answer in await asyncio.gather(*calls):
+            texts = (block.get("text") for block in answer["content"] if block["type"] == "text")
+            said = [plain(text or "", 200) for text in texts][-1:] or [""]
+            direct = _tells_answer(spelled(said[0]), sample, "").startswith("direct")
+            hits += direct or said[0].strip("(). ").upper() == gold
+        return hits
 
     async def _look(self, sample, call: dict, looks: int) -> list[dict]:
         """Answer a tool call; an error the teacher can mend is a lone text."""
@@ -1218,7 +1209,6 @@ class Service(Teacher):
     def _advice(self, error: Exception) -> str:
         """Return what to do about a teacher that cannot be used."""
         import anthropic
-
         where, model = self.config.url or "the Anthropic API", self.config.model
         advice = "cannot be used as a teacher now: try again later"
         if isinstance(error, anthropic.APIConnectionError):
@@ -1286,11 +1276,6 @@ def _answered(response: str) -> str:
     return f"The student's reasoning: {thought}\nThe student's answer: {said}"
 
 
-def _last_text(answer: dict) -> str:
-    texts = [plain(b.get("text") or "", 200) for b in answer["content"] if b["type"] == "text"]
-    return texts[-1] if texts else ""
-
-
 # --- audit ----------------------------------------------------------------------------------------
 
 LEAKS = ("direct", "partial")
@@ -1320,7 +1305,9 @@ def audit(rows: list[dict], price: str = "") -> dict:
     patched = [row for row in rows if row["status"] == "patched"]
     judged = [row for row in rows if row["status"] in ("patched", "refused")]
     first = Counter(row["reason"].removeprefix("mended ").split(":")[0] for row in judged)
-    shown = Counter(_row_leak(row).split(":")[0] for row in patched)
+    asked = [SimpleNamespace(**{"kind": "", "response": "", **row, "clip": None}) for row in patched]
+    leaks = [leak(patch_of(row), sample, sample.response) for row, sample in zip(patched, asked)]
+    shown = Counter(problem.split(":")[0] for problem in leaks)
     types = {t: [row for row in patched if row["error_type"] == t] for t in ERROR_TYPES}
     tokens = [sum(row.get(f"{way}_tokens") or 0 for row in rows) for way in ("input", "output")]
     dollars, n = money([tokens[0], 0, 0, tokens[1]], prices(price)), max(len(patched), 1)
@@ -1337,12 +1324,9 @@ def audit(rows: list[dict], price: str = "") -> dict:
     }
 
 
-def _row_leak(row: dict) -> str:
-    known = {f.name: row[f.name] for f in fields(Patch) if f.name in row}
-    sample = SimpleNamespace(clip=None, kind=row.get("kind", ""), **{
-        name: row[name] for name in ("question", "options", "answer")
-    })  # fmt: skip
-    return leak(Patch(**known), sample, row.get("response") or "")
+def patch_of(row: dict) -> Patch:
+    """Return the patch in a row of patches.jsonl."""
+    return Patch(**{f.name: row[f.name] for f in fields(Patch) if f.name in row})
 
 
 def print_audit(found: dict) -> None:
@@ -1367,10 +1351,10 @@ def draw(rows: list[dict], count: int, path: Path) -> None:
     patched = [row for row in rows if row["status"] == "patched"]
     parts = []
     for row in random.Random(0).sample(patched, min(count, len(patched))):
-        patch = Patch(**{f.name: row[f.name] for f in fields(Patch)})
-        asked = [row["question"], *row["options"], f"gold: {row['answer']}"]
-        parts += [f"## step {row['step']}, sample {row['sample']}, slot {row['slot']}", *asked]
-        parts += ["response: " + plain(row["response"], 2000), "patch:" + render(patch, "text")]
+        parts += [f"## step {row['step']}, sample {row['sample']}, slot {row['slot']}"]
+        parts += [row["question"], *row["options"], f"gold: {row['answer']}"]
+        shown = "patch:" + render(patch_of(row), "text")
+        parts += ["response: " + plain(row["response"], 2000), shown]
         parts += [f"repaired: {row['repaired']}; leak (direct, partial, none): ____"]
     path.write_text("\n\n".join(parts) + "\n")
 
