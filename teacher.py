@@ -100,17 +100,21 @@ def render(patch: Patch, evidence: str) -> str:
     """
     assert evidence in EVIDENCE_LEVELS, evidence
     error = patch.error_type + ("" if patch.error_type == "misconception" else " error")
-    texts, places = [patch.guidance, *patch.temporal_markers], []
-    if patch.key_frames:
-        seconds = f" ({patch.times[0]:.1f} s to {patch.times[1]:.1f} s)" if patch.times else ""
-        places = [f"frames {patch.key_frames[0]} to {patch.key_frames[1]}{seconds}"]
-    places += ["region ({:.2f}, {:.2f}) to ({:.2f}, {:.2f})".format(*r) for r in patch.regions]
+    texts, where = [patch.guidance, *patch.temporal_markers], _where(patch)
     if evidence == "none":
-        texts, places = map(_without_places, texts), []
+        texts, where = map(_without_places, texts), ""
     guidance, *markers = texts
-    where = f" Look again at {', '.join(places)}." if places else ""
+    where = f" Look again at {where}." if where else ""
     moment = f" Moment: {'; '.join(filter(None, markers))}." if any(markers) else ""
     return f"\nEvidence: a {error}.{where}{moment} {guidance}".rstrip()
+
+
+def _where(patch: Patch) -> str:
+    """Name the key frames, their seconds and the regions in words."""
+    seconds = " ({:.1f} s to {:.1f} s)".format(*patch.times) if patch.times else ""
+    frames = ["frames {} to {}".format(*patch.key_frames) + seconds] if patch.key_frames else []
+    regions = ["region ({:.2f}, {:.2f}) to ({:.2f}, {:.2f})".format(*r) for r in patch.regions]
+    return ", ".join(frames + regions)
 
 
 def _without_places(text: str) -> str:
@@ -565,10 +569,11 @@ class Annotated(Teacher):
     def _diagnosis(self, sample, response: str) -> Diagnosis:
         if not sample.evidence or sample.clip is None:
             return Diagnosis(None, "failed", "no evidence" if sample.clip else "no clip")
-        times, kind = sample.clip.times, query_kind(sample.question)
+        times = sample.clip.times
         span = min(e.start for e in sample.evidence), max(e.end for e in sample.evidence)
         key_frames = key_range(times, *span)
         seconds = (times[key_frames[0]], times[key_frames[1]]) if key_frames else None
+        kind = query_kind(sample.question)
         guidance = " ".join([WHERE_TO_LOOK[kind], *(e.note for e in sample.evidence)])
         boxes = tuple(e.box for e in sample.evidence if e.box)
         patch = Patch("temporal", kind, guidance, key_frames, seconds, regions=boxes)
@@ -725,7 +730,7 @@ def _real(value) -> float:
 
 def _whole(value, F: int) -> int:
     index = _real(value)
-    if index != int(index) or not 0 <= index < F:
+    if not index.is_integer() or not 0 <= index < F:
         raise ValueError(f"a frame index must be a whole number from 0 to {F - 1}")
     return int(index)
 
