@@ -38,6 +38,7 @@ import numpy as np
 ERROR_TYPES = ("temporal", "spatial", "misconception")  # the paper's appendix, Table 6
 QUERY_KINDS = ("counting", "dynamics", "temporal", "spatial", "attribute", "logic")  # Table 1
 EVIDENCE_LEVELS = ("none", "text", "frames")
+ANSWER = re.compile(r"<answer>(.*?)</answer>", re.S | re.I)
 MAX_GUIDANCE = 400  # characters; with the caps below a patch stays under about 250 tokens
 MAX_MARKER, MAX_MARKERS, MAX_REGIONS = 80, 3, 4
 MAX_KEY_IMAGES, MIN_CROP = 4, 28  # whole frames shown again; smallest side of a crop in pixels
@@ -89,6 +90,11 @@ def plain(text, limit: int) -> str:
     text = re.sub(r"</?[A-Za-z|][^<>]{0,60}>", " ", text)
     text = " ".join(re.sub(r"[<>]", " ", text).split())
     return text if len(text) <= limit else text[:limit].rsplit(" ", 1)[0]
+
+
+def answer_in(response: str) -> str:
+    """Return the last answer that a response gives, "" where it gives none."""
+    return ["", *ANSWER.findall(response)][-1].strip()
 
 
 def render(patch: Patch, evidence: str) -> str:
@@ -186,7 +192,8 @@ def alignment(text: str, patch: Patch) -> float:
 
 def _names_range(rationale: str, patch: Patch) -> bool:
     """Return whether a range of frames or of seconds in the text is the patch's."""
-    for pattern, span, slack in ((_FRAMES, patch.key_frames, 1.0), (_SECONDS, patch.times, 0.1)):
+    spans = (_FRAMES, patch.key_frames, 1.0), (_SECONDS, patch.times, 0.1)  # 0.1: rounded times
+    for pattern, span, slack in spans:
         for named in pattern.findall(rationale) if span else ():
             numbers = [float(n) for n in ",".join(filter(None, named)).split(",")]
             low, high, (first, last) = min(numbers), max(numbers), span
@@ -215,7 +222,6 @@ def _iou(a, b) -> float:
 
 # --- kinds of question, key frames ----------------------------------------------------------------
 
-ANSWER = re.compile(r"<answer>(.*?)</answer>", re.S | re.I)
 # The first kind whose words occur in the question; "attribute" when none do.
 KIND_WORDS = (
     ("counting", r"how (many|often)|number of|count\b|total of"),
@@ -235,11 +241,6 @@ WHERE_TO_LOOK = {
     "attribute": "Look closely at what the question asks about.",
     "logic": "Watch what comes just before and what follows from it.",
 }
-
-
-def answer_in(response: str) -> str:
-    """Return the last answer that a response gives, "" where it gives none."""
-    return ([""] + ANSWER.findall(response))[-1].strip()
 
 
 def query_kind(question: str) -> str:
@@ -270,6 +271,7 @@ NUMBERS = {word: n for n, group in enumerate(_COUNT.split("|")) for word in grou
 TENS = dict(zip("twenty thirty forty fifty sixty seventy eighty ninety".split(), range(20, 99, 10)))
 _SMALL = rf"(?:(?:{'|'.join(TENS)})(?:[ -](?:{'|'.join(NUMBERS)}))?|{'|'.join(NUMBERS)})"
 _NUMBER_WORDS = re.compile(rf"\b{_SMALL}(?: hundred(?:(?: and)? {_SMALL})?)?(?: thousand)?\b")
+_COUNTS_ONE = re.compile(r"(?<!\S)(only|just|exactly|is|but)\s+$")
 _GROUPS = (
     "red crimson scarlet|blue navy azure|gray grey silver|purple violet|color colour|car automobile"
     "|bike bicycle|sofa couch|phone smartphone cellphone|tv television|child kid|over above"
@@ -344,9 +346,9 @@ def spelled(text: str) -> str:
     """
 
     def value(match):
-        before, after = text[: match.start()], text[match.end() :]
-        lone = not re.search(r"(^|\s)(only|just|exactly|is|but)\s+$", before)
-        if match[0] == "one" and lone or match[0] == "once" and after[:1].isspace():
+        start, end = match.span()
+        counts = _COUNTS_ONE.search(text, max(0, start - 20), start)
+        if match[0] == "one" and not counts or match[0] == "once" and text[end : end + 1].isspace():
             return match[0]
         total = 0
         for word in re.findall("[a-z]+", match[0]):
@@ -1018,10 +1020,10 @@ class Service(Teacher):
         calls = [self._call(body, usage, tag=n) for n in range(self.config.blind_test)]
         hits, gold = 0, sample.answer.strip("(). ").upper()
         for answer in await asyncio.gather(*calls):
-            texts = (block.get("text") for block in answer["content"] if block["type"] == "text")
-            said = [plain(text or "", 200) for text in texts][-1:] or [""]
-            direct = _tells_answer(spelled(said[0]), sample, "").startswith("direct")
-            hits += direct or said[0].strip("(). ").upper() == gold
+            texts = ["", *(b.get("text") or "" for b in answer["content"] if b["type"] == "text")]
+            said = plain(texts[-1], 200)
+            told = _tells_answer(spelled(said), sample, "").startswith("direct")
+            hits += told or said.strip("(). ").upper() == gold
         return hits
 
     async def _look(self, sample, call: dict, looks: int) -> list[dict]:
