@@ -1312,7 +1312,8 @@ def audit(rows: list[dict], price: str = "") -> dict:
     patched = [row for row in rows if row["status"] == "patched"]
     judged = [row for row in rows if row["status"] in ("patched", "refused")]
     first = Counter(row["reason"].removeprefix("mended ").split(":")[0] for row in judged)
-    asked = [SimpleNamespace(**{"kind": "", "response": "", **row, "clip": None}) for row in patched]
+    unknown = {"kind": "", "response": "", "clip": None}  # what a row may not say
+    asked = [SimpleNamespace(**unknown | row) for row in patched]
     leaks = [leak(patch_of(row), sample, sample.response) for row, sample in zip(patched, asked)]
     shown = Counter(problem.split(":")[0] for problem in leaks)
     types = {t: [row for row in patched if row["error_type"] == t] for t in ERROR_TYPES}
