@@ -304,7 +304,7 @@ class Replay(Luffy):
     the success of lowest mean entropy under the current policy. The authors run --no_std,
     --loss_norm constant, --beta 0, no clip on policy, and leave solved questions out of the data.
     """
-    asks, names = False, ("replay_questions", "replay_started")
+    asks, names = False, ("replay_questions", "replayed")
 
     def __init__(self, config):
         super().__init__(config)
@@ -342,6 +342,7 @@ class Replay(Luffy):
         with phases("replay"):
             for group in groups:
                 group.note = group.note and self.surest(run, group)
+                self.count("replayed", float(group.note is not None))
         Method.roll(self, run, groups, key, phases)
 
     def surest(self, run, group):
@@ -365,7 +366,6 @@ class Replay(Luffy):
         for group in groups if self.started else []:
             self.keep(group)
         self.count("replay_questions", len(self.buffer))
-        self.count("replay_started", float(self.started))
 
     def keep(self, group):
         """Update a question's successes and k; retire it where all G succeeded."""
