@@ -1,6 +1,7 @@
 """A small world that runs anywhere: video clips, questions with annotated evidence, a tiny student.
 
     python toy.py FOLDER [--seed 0 --train 480 --heldout 200 --warm 2000]
+    python toy.py study [--jobs N --seeds 0,1,2 --only NAME,... --output runs/study --report]
 
 FOLDER/videos/*.mp4     H.264 clips of 8 s, in which 2 to 4 cards of different colours show up, one
                         after another, each for a second in one of four corners
@@ -13,12 +14,22 @@ FOLDER/warm.json        rows with a `process` for the warm start, of two kinds: 
 FOLDER/template.txt     the question's wording
 FOLDER/model/           a Qwen2.5-VL of under a million weights, with tokenizer and processor
 
-No clip is in two of the files. Dimensions: F frames of a clip; h, w pixels.
+No clip is in two of the files. `study` trains on this world with every method and ablation, one
+train.py process each, and writes OUTPUT/study.md and two plots; finished runs are not repeated.
+
+Dimensions: F frames of a clip; h, w pixels.
 """
 
 import argparse
 import json
+import os
 import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import av
@@ -287,9 +298,256 @@ def make(folder, seed=0, train=480, heldout=200, warm=2000, guessed=GUESSED, pre
         (folder / f"{split}.json").write_text(json.dumps(part, indent=1))
 
 
+# --- the study ------------------------------------------------------------------------------------
+# Runs differ in what a condition's flags name and in the seed: data order and rollouts. `ffr` is
+# κ 0.3, evidence text, slot by slot, chosen tokens under their patch, in every table of those.
+
+TRAIN = Path(__file__).with_name("train.py")
+EVAL_EVERY = 15
+GROUPS = {"methods": "Methods", "rate": "GRPO's learning rate, which all methods then take",
+          "kappa": "Patch tax κ", "evidence": "Evidence shown", "tokens": "Tokens trained",
+          "loss": "Loss variants of GRPO"}
+CONDITIONS = (  # name, flags of train.py, tables it is in
+    *((f"grpo_lr_{lr}", f"--method grpo --lr {lr}", "rate")
+      for lr in ("3e-5", "1e-4", "2e-4", "4e-4")),
+    ("sft", "--method sft", "methods"),
+    ("sft_teacher", "--method sft_teacher", "methods"),
+    ("grpo", "--method grpo", "methods loss"),
+    # the length bonus' band is the same share of the longest completion as in Video-R1
+    ("tgrpo", "--method tgrpo --length_low 15 --length_high 24", "methods"),
+    ("luffy", "--method luffy", "methods"),
+    ("replay", "--method replay", "methods"),
+    ("vote", "--method vote", "methods"),
+    ("judge", "--method judge", "methods"),
+    ("rlsd", "--method rlsd", "methods"),
+    ("visd", "--method visd", "methods"),
+    ("ffr", "--method ffr", "methods kappa evidence tokens"),
+    ("ffr_plain", "--method ffr --score_under plain", "methods tokens"),
+    ("ffr_visd", "--method ffr_visd", "methods"),
+    *((f"kappa_{kappa}", f"--kappa {kappa}", "kappa")
+      for kappa in ("0", "0.1", "0.5", "0.7", "1.0")),
+    ("evidence_none", "--evidence none", "evidence"),
+    ("evidence_frames", "--evidence frames", "evidence"),
+    ("train_on_original", "--train_on original", "tokens"),
+    ("select_best", "--select best", "tokens"),
+    ("grpo_no_std", "--method grpo --no_std", "loss"),
+    ("grpo_dynamic", "--method grpo --dynamic_sampling 3", "loss"))
+PLOTTED = ("sft_teacher", "grpo", "luffy", "visd", "ffr", "ffr_plain", "ffr_visd")
+COLUMNS = ("", "flags", "seeds", "before, %", "after, %", "teacher calls", "interventions, %",
+           "repair rate, %", "zero advantages, %", "entropy")
+
+
+def lines(path):
+    """The objects of a JSONL file, without a last line torn by a kill."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
+
+
+def settings(folder):
+    """A run's flags."""
+    return json.loads((folder / "config.json").read_text())
+
+
+def finished(folder):
+    """Whether a run has evaluated its last step."""
+    evals = lines(folder / "eval.jsonl")
+    return bool(evals) and evals[-1]["step"] == settings(folder)["steps"]
+
+
+def train(folder, flags):
+    """Run train.py into `folder`, or go on there; returns the last line it wrote."""
+    folder.mkdir(parents=True, exist_ok=True)
+    resume = ["--resume"] * (folder / "config.json").exists()
+    with open(folder / "train.log", "a") as log:
+        subprocess.run([sys.executable, TRAIN, *flags, "--output", folder, *resume], check=False,
+                       stdout=log, stderr=subprocess.STDOUT,
+                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+    said = (folder / "train.log").read_text(errors="replace").split("\n")
+    return next((line.split("\r")[-1] for line in reversed(said) if line.strip()), "no output")
+
+
+def run_all(output, seeds, only, jobs):
+    """Run what is not finished, `jobs` at a time; returns how many runs failed."""
+    wanted = {output / f"{name}-{seed}": [*flags.split(), "--seed", str(seed)]
+              for seed in seeds for name, flags, _ in CONDITIONS if name in only}
+    wanted = {folder: flags for folder, flags in wanted.items() if not finished(folder)}
+    if not wanted:
+        return 0
+    print(f"{len(wanted)} runs to do, {jobs} at a time")
+    start = output / "start"  # makes the world and the warm start, before runs would race for them
+    shutil.rmtree(start, ignore_errors=True)
+    said = train(start, "--method grpo --steps 1 --batch_prompts 1 --rollouts 2 --eval_data".split()
+                 + [""])
+    if not (start / "metrics.jsonl").exists():
+        sys.exit(f"toy.py: making the warm start failed: {said}")
+    failed, begin, pool = 0, time.time(), ThreadPoolExecutor(jobs)
+    running = {pool.submit(train, folder, [*flags, "--eval_every", str(EVAL_EVERY)]): folder
+               for folder, flags in wanted.items()}
+    try:
+        for number, future in enumerate(as_completed(running), 1):
+            folder, ended = running[future], finished(running[future])
+            failed += not ended
+            print(f"{number} of {len(wanted)}, {time.time() - begin:.0f} s: {folder.name} "
+                  + ("ended" if ended else f"FAILED: {future.result()}"), flush=True)
+    except KeyboardInterrupt:
+        pool.shutdown(cancel_futures=True)
+        sys.exit("stopped; the same command goes on")
+    return failed
+
+
+def mean(values):
+    """Mean of what is not null; None of nothing."""
+    values = [value for value in values if value is not None]
+    return sum(values) / len(values) if values else None
+
+
+def shown(values, scale=100, digits=1):
+    """Numbers as "first → last", or alone; a dash where there is none."""
+    return " → ".join("–" if value is None else f"{scale * value:.{digits}f}" for value in values)
+
+
+def load(output, name):
+    """(config, eval rows, metrics rows) of each finished run of a condition."""
+    return [(settings(run), lines(run / "eval.jsonl"), lines(run / "metrics.jsonl"))
+            for run in sorted(output.glob(f"{name}-*")) if finished(run)]
+
+
+def row(name, flags, runs):
+    """A condition's line of the table: means over its runs, for accuracy ± the sample deviation."""
+    def quarters(key):
+        parts = [(rows[:n], rows[-n:]) for *_, rows in runs for n in [max(1, len(rows) // 4)]]
+        return [mean(mean(r[key] for r in part) for part in side) for side in zip(*parts)]
+
+    before, after = ([100 * evals[i]["accuracy"] for _, evals, _ in runs] for i in (0, -1))
+    spread = f" ± {statistics.stdev(after):.1f}" if len(runs) > 1 else ""
+    calls = mean(sum(r["teacher"].get("calls", 0) for r in rows) for *_, rows in runs)
+    zero = mean(mean(r["advantage_zero_fraction"] for r in rows) for *_, rows in runs)
+    return (name, f"`{flags}`", str(len(runs)), f"{mean(before):.1f}", f"{mean(after):.1f}{spread}",
+            f"{calls:.0f}", shown(quarters("intervention_ratio")), shown(quarters("repair_rate")),
+            shown([zero]), shown(quarters("entropy"), 1, 2))
+
+
+def unlike(runs_of):
+    """Settings in which runs differ though no flag of their conditions names them."""
+    found = {}
+    for name, flags, _ in CONDITIONS:
+        for config, *_ in runs_of[name]:
+            for key in config.keys() - {"method", "seed", "output", "resume"}:
+                if f"--{key}" not in flags.split():
+                    runs = found.setdefault(key, {}).setdefault(str(config[key]), [])
+                    runs.append(f"{name}-{config['seed']}")
+    return [f"{key} is {value or 'empty'} in {', '.join(runs)} only"
+            for key, values in sorted(found.items())
+            for value, runs in sorted(values.items(), key=lambda pair: -len(pair[1]))[1:]]
+
+
+def plot(path, title, x_label, y_label, curves):
+    """Write an SVG line plot of {name: [(x, y)]}, y in percent; Okabe and Ito's colours."""
+    colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+    left, top, width, height = 62, 40, 430, 260
+    xs, ys = zip(*(point for points in curves.values() for point in points))
+    last, low = max(*xs, 1), min(ys) // 10 * 10
+    high = max(-(-max(ys) // 10) * 10, low + 10)
+
+    def at(x, y):
+        return left + width * x / last, top + height * (high - y) / (high - low)
+
+    def text(x, y, words, more=""):
+        parts.append(f'<text x="{x:.1f}" y="{y:.1f}" {more}>{words}</text>')
+
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 150}" height="360" '
+             'font-family="sans-serif" font-size="13">',
+             '<rect width="100%" height="100%" fill="white"/>']
+    text(left, 24, title, 'font-size="15" font-weight="bold"')
+    for y in range(int(low), int(high) + 1, 10 if high - low > 20 else 5):
+        x0, y0 = at(0, y)
+        parts.append(f'<path d="M{x0} {y0:.1f}h{width}" stroke="#dddddd"/>')
+        text(x0 - 8, y0 + 4, y, 'text-anchor="end"')
+    for x in (last * i / 4 for i in range(5)):
+        text(at(x, 0)[0], top + height + 20, f"{x:.0f}", 'text-anchor="middle"')
+    text(left + width / 2, top + height + 42, x_label, 'text-anchor="middle"')
+    text(18, top + height / 2, y_label,
+         f'text-anchor="middle" transform="rotate(-90 18 {top + height / 2:.0f})"')
+    for i, ((name, points), colour) in enumerate(zip(curves.items(), colours)):
+        drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points))
+        parts.append(f'<polyline points="{drawn}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        y = top + 12 + 22 * i
+        parts.append(f'<path d="M{left + width + 14} {y}h22" stroke="{colour}" stroke-width="3"/>')
+        text(left + width + 42, y + 4, name)
+    path.write_text("\n".join(parts) + "\n</svg>\n")
+
+
+def curve(tables, key, half=0):
+    """[(step, percent)]: a key's mean over runs and the steps up to `half` before and after."""
+    rows = [row for table in tables for row in table]
+    points = ((step, mean(row[key] for row in rows if abs(row["step"] - step) <= half))
+              for step in sorted({row["step"] for row in rows}))
+    return [(step, 100 * value) for step, value in points if value is not None]
+
+
+def report(output):
+    """Write study.md and its plots from the files of the finished runs."""
+    runs_of = {name: load(output, name) for name, *_ in CONDITIONS}
+    one = next((runs[0] for runs in runs_of.values() if runs), None)
+    if one is None:
+        sys.exit(f"toy.py: no finished run in --output {output}")
+    config, evals, _ = one
+    parts = [f"Held-out accuracy on {evals[-1]['n']} questions, without patches, after "
+             f"{config['steps']} steps of {config['batch_prompts']} prompts, {config['rollouts']} "
+             "rollouts each: mean ± sample standard deviation over seeds. All else is the mean over "
+             "seeds; teacher calls are summed over training, arrows go from its first to its last "
+             "quarter, entropy is in nats per trained token. The annotated teacher is never shown "
+             "the gold answer, so that there is no \"with and without gold\" here."]
+    for group, title in GROUPS.items():
+        rows = [row(name, flags, runs_of[name]) for name, flags, groups in CONDITIONS
+                if group in groups.split() and runs_of[name]]
+        if rows:
+            table = [COLUMNS, ("---",) * len(COLUMNS), *rows]
+            parts.append(f"## {title}\n\n" + "\n".join(f"| {' | '.join(r)} |" for r in table))
+    parts += [f"**Not comparable:** {sentence}." for sentence in unlike(runs_of)]
+    if missing := [name for name, runs in runs_of.items() if not runs]:
+        parts.append(f"Without a finished run: {', '.join(missing)}.")
+    learned = {name: curve([evals for _, evals, _ in runs_of[name]], "accuracy")
+               for name in PLOTTED if runs_of[name]}
+    helped = {label: curve([rows for *_, rows in runs_of["ffr"]], key, half=3) for label, key in (
+        ("interventions", "intervention_ratio"), ("repair rate", "repair_rate")) if runs_of["ffr"]}
+    for name, title, label, curves in (
+            ("accuracy", "Held-out, without patches", "accuracy, %", learned),
+            ("repair", "FFR: need for help, and what it brings", "share, %", helped)):
+        if any(curves.values()):
+            plot(output / f"{name}.svg", title, "training step", label, curves)
+            parts.append(f"![{title}]({name}.svg)")
+    (output / "study.md").write_text("# What the toy world says\n\n" + "\n\n".join(parts) + "\n")
+    print(output / "study.md")
+
+
+def study_main(argv):
+    """Parse `study`'s flags, run and report; exits with 1 where a run failed."""
+    names = [name for name, *_ in CONDITIONS]
+    parser = argparse.ArgumentParser(prog="toy.py study", description=run_all.__doc__)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (cores)")
+    parser.add_argument("--seeds", default="0,1,2", help="of data order and rollouts")
+    parser.add_argument("--only", default=",".join(names), help=f"of {', '.join(names)}")
+    parser.add_argument("--output", type=Path, default=Path("runs/study"), help="of all runs")
+    parser.add_argument("--report", action="store_true", help="no runs, table and plots only")
+    args = parser.parse_args(argv)
+    seeds, only = args.seeds.split(","), args.only.split(",")
+    if unknown := set(only) - set(names):
+        parser.error(f"--only: no condition is called {', '.join(sorted(unknown))}")
+    if not all(seed.isdigit() for seed in seeds) or args.jobs < 1:
+        parser.error("--seeds takes numbers like 0,1,2 and --jobs one above 0")
+    failed = 0 if args.report else run_all(args.output, seeds, only, args.jobs)
+    report(args.output)
+    if failed:
+        sys.exit(f"toy.py: {failed} runs failed; the same command tries them again")
+
+
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["study"]:
+        return study_main(argv[1:])
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder")
+    parser.add_argument("folder", help="or `study`: see toy.py study --help")
     for name, default, text in (("seed", 0, "of everything random"),
                                 ("train", 480, "questions to train on"),
                                 ("heldout", 200, "questions to test on"),
