@@ -494,7 +494,7 @@ def report(output):
     config, evals, _ = one
     parts = [f"Held-out accuracy on {evals[-1]['n']} questions, without patches, after "
              f"{config['steps']} steps of {config['batch_prompts']} prompts, {config['rollouts']} "
-             "rollouts each: mean ± sample standard deviation over seeds. All else is the mean over "
+             "rollouts each: mean ± sample standard deviation over seeds. All else is a mean over "
              "seeds; teacher calls are summed over training, arrows go from its first to its last "
              "quarter, entropy is in nats per trained token. The annotated teacher is never shown "
              "the gold answer, so that there is no \"with and without gold\" here."]

@@ -100,24 +100,26 @@ def test_the_student_loads_as_a_checkpoint(world):
 
 STUB = """
 import json, pathlib, sys
+
+def write(name, *rows):
+    (folder / name).write_text("".join(json.dumps(row) + "\\n" for row in rows))
+
 flags = sys.argv[1:]
 folder = pathlib.Path(flags[flags.index("--output") + 1])
 with open(folder.parent / "calls", "a") as calls:
     calls.write(" ".join([folder.name] + ["--resume"] * ("--resume" in flags)) + "\\n")
 if "3e-5" in flags:
-    print("step 1")
-    sys.exit("lost its \\rdisk\\n")
-(folder / "config.json").write_text(json.dumps({"steps": 4, "batch_prompts": 1, "rollouts": 2,
-                                                "seed": int(flags[flags.index("--seed") + 1]) if "--seed" in flags else 0}))
-(folder / "metrics.jsonl").write_text(json.dumps({"step": 3, "intervention_ratio": None, "repair_rate": None,
-    "advantage_zero_fraction": 0.5, "entropy": 1.0, "teacher": {}}) + "\\n")
-(folder / "eval.jsonl").write_text("".join(json.dumps({"step": s, "n": 10, "accuracy": 0.5}) + "\\n" for s in (0, 4)))
+    sys.exit("step 1\\nstep 2 \\rno space left\\n")
+write("config.json", {"steps": 4, "batch_prompts": 1, "rollouts": 2, "seed": 0})
+write("metrics.jsonl", {"step": 3, "intervention_ratio": None, "repair_rate": None,
+                        "advantage_zero_fraction": 0.5, "entropy": 1.0, "teacher": {}})
+write("eval.jsonl", *({"step": step, "n": 10, "accuracy": 0.5} for step in (0, 4)))
 """
 
 
 @pytest.fixture
 def stub(tmp_path, monkeypatch):
-    """A command in train.py's place, which notes that it was called; lr 3e-5 fails."""
+    """A command in train.py's place, which notes that it was called; learning rate 3e-5 fails."""
     (tmp_path / "stub.py").write_text(STUB)
     monkeypatch.setattr(toy, "TRAIN", tmp_path / "stub.py")
     return tmp_path / "study"
@@ -134,10 +136,10 @@ def calls(output):
 
 
 def test_finished_runs_are_not_started_again(stub):
-    """Catches: a second call that trains everything anew, or starts a broken-off run from nothing."""
+    """Catches: a second call that trains everything anew; a broken-off run from its start."""
     study(stub, "--only", "grpo,ffr")
     assert calls(stub) == ["start", "grpo-0", "ffr-0", "grpo-1", "ffr-1"]
-    (stub / "ffr-1" / "eval.jsonl").write_text('{"step": 0, "n": 10, "accuracy": 0.5}\n{"step": 4, "n"')
+    (stub / "ffr-1" / "eval.jsonl").write_text('{"step": 0, "accuracy": 0.5}\n{"step": 4, "ac')
     study(stub, "--only", "grpo,ffr")
     assert calls(stub) == ["start", "ffr-1 --resume"]
     study(stub, "--only", "grpo,ffr")
@@ -146,73 +148,84 @@ def test_finished_runs_are_not_started_again(stub):
 
 
 def test_a_failing_run_is_named_and_the_others_go_on(stub, capsys):
-    """Catches: one crash that ends the study, or that nobody hears of."""
-    with pytest.raises(SystemExit) as end:
+    """Catches: one crash that ends the study, or that nobody hears of; a misspelt --only."""
+    with pytest.raises(SystemExit, match="2 runs failed"):
         study(stub, "--only", "grpo_lr_3e-5,grpo")
-    assert end.value.code and "2 runs failed" in str(end.value.code)
-    assert "grpo_lr_3e-5-0 FAILED: disk" in capsys.readouterr().out
+    assert "grpo_lr_3e-5-0 FAILED: no space left\n" in capsys.readouterr().out
     assert calls(stub) == ["start", "grpo_lr_3e-5-0", "grpo-0", "grpo_lr_3e-5-1", "grpo-1"]
     table = (stub / "study.md").read_text()
-    assert "| grpo | `--method grpo` | 2 |" in table and "Without a finished run: grpo_lr_3e-5," in table
-    with pytest.raises(SystemExit) as end:
+    assert "| grpo | `--method grpo` | 2 |" in table
+    assert "Without a finished run: grpo_lr_3e-5," in table
+    with pytest.raises(SystemExit):
         study(stub, "--only", "gpro")
-    assert end.value.code
+    assert "no condition is called gpro" in capsys.readouterr().err
 
 
-def write_run(output, name, seed, after, metrics, **config):
-    folder = output / f"{name}-{seed}"
+def write_run(output, name, after, metrics, **settings):
+    """A finished run of 8 steps; metrics: interventions, repairs, zeros, entropy, calls a step."""
+    folder = output / name
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(
-        {"steps": 8, "batch_prompts": 1, "rollouts": 2, "lr": 1e-4, "kappa": 0.3, "seed": seed, **config}))
-    for file, part in (("eval", [(0, 0.5), (8, after)]), ("metrics", metrics)):
-        names = ("step", "accuracy") if file == "eval" else (
-            "step", "intervention_ratio", "repair_rate", "advantage_zero_fraction", "entropy", "calls")
-        part = [dict(zip(names, values)) | {"n": 200} for values in part]
-        for row in part:
-            row["teacher"] = {"calls": row["calls"]} if row.get("calls") else {}
-        (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    keys = ("intervention_ratio", "repair_rate", "advantage_zero_fraction", "entropy")
+    rows = [{"step": step, **dict(zip(keys, values)), "teacher": calls and {"calls": calls}}
+            for step, (*values, calls) in enumerate(metrics)]
+    evals = [{"step": step, "n": 200, "accuracy": share} for step, share in ((0, 0.5), (8, after))]
+    config = {"steps": 8, "batch_prompts": 1, "rollouts": 2, "lr": 1e-4, "kappa": 0.3,
+              "seed": int(name[-1]), **settings}
+    for file, part in (("config.json", [config]), ("eval.jsonl", evals), ("metrics.jsonl", rows)):
+        (folder / file).write_text("".join(json.dumps(row) + "\n" for row in part))
 
 
 def test_the_table_says_what_the_files_say(tmp_path):
-    """Catches: the deviation of a population (1.6 for 2.0), halves for quarters, the mean of
-    calls in place of their sum, a null counted as zero, runs that are not alike and not told.
+    """Catches: the deviation of a population (1.6 for 2.0), halves for quarters, the mean of calls
+    in place of their sum, null counted as zero, unlike runs that are compared without a word.
 
-    Accuracies 70, 72, 74: mean 72, deviation sqrt((4 + 0 + 4) / 2) = 2. Interventions of steps 0, 1:
-    0.5, 0.3, mean 40 %; of steps 6, 7: 0.2, 0.1, mean 15 %. Repair rates 0.6, null: 60 %. Calls
-    8 steps of 4, 5 and 6: 32, 40 and 48, mean 40. Zero advantages: 0.25 twice, 0 else: 6.25 %.
+    Accuracies 70, 72, 74: mean 72, deviation sqrt((4 + 0 + 4) / 2) = 2. Interventions of the first
+    two of 8 steps 0.5, 0.3, mean 40 %; of the last two 0.2, 0.1: 15 %. Repair rates 0.6, null:
+    60 %; 0.5, 0.4: 45 %. Entropy 2, 1: 1.5; 0.5, 0.2: 0.35. Calls: 8 steps of 4, 5 or 6, mean 40.
+    Zero advantages: 0.2 in two of 8 steps: 5 %.
     """
-    help_of = {0: (0.5, 0.6, 0.25, 2.0), 1: (0.3, None, 0.25, 1.0), 6: (0.2, 0.5, 0.0, 0.5), 7: (0.1, 0.4, 0.0, 0.25)}
     for seed, after in enumerate((0.70, 0.72, 0.74)):
-        metrics = [(step, *help_of.get(step, (0.9, 0.9, 0.0, 9.0)), 4 + seed) for step in range(8)]
-        write_run(tmp_path, "ffr", seed, after, metrics)
-    write_run(tmp_path, "kappa_0", 0, 0.6, [(step, None, None, 0.5, 1.0, 0) for step in range(8)], kappa=0.0)
+        metrics = [(0.5, 0.6, 0.2, 2.0), (0.3, None, 0.2, 1.0), *[(0.9, 0.9, 0.0, 9.0)] * 4,
+                   (0.2, 0.5, 0.0, 0.5), (0.1, 0.4, 0.0, 0.2)]
+        write_run(tmp_path, f"ffr-{seed}", after, [(*values, 4 + seed) for values in metrics])
+    alone = [(None, None, 0.5, 1.0, {})] * 8
+    write_run(tmp_path, "kappa_0-0", 0.6, alone, kappa=0.0)
     study(tmp_path, "--report")
     table = (tmp_path / "study.md").read_text()
-    line = ("| ffr | `--method ffr` | 3 | 50.0 | 72.0 ± 2.0 | 40 | 40.0 → 15.0 | 60.0 → 45.0 | 6.2 | 1.50 → 0.38 |")
+    line = ("| ffr | `--method ffr` | 3 | 50.0 | 72.0 ± 2.0 | 40 | 40.0 → 15.0 | 60.0 → 45.0 | 5.0 "
+            "| 1.50 → 0.35 |")
     assert table.count(line) == 4 and "Not comparable" not in table
-    assert "| kappa_0 | `--kappa 0` | 1 | 50.0 | 60.0 | 0 | – → – | – → – | 50.0 | 1.00 → 1.00 |" in table
+    assert ("| kappa_0 | `--kappa 0` | 1 | 50.0 | 60.0 | 0 | – → – | – → – | 50.0 | 1.00 → 1.00 |"
+            in table)
     assert "## Evidence shown" in table and "## Loss variants" not in table
-    write_run(tmp_path, "grpo", 0, 0.6, metrics, lr=4e-4)
+    write_run(tmp_path, "grpo-0", 0.6, alone, lr=4e-4)
     study(tmp_path, "--report")
-    assert "**Not comparable:** lr is 0.0004 in grpo-0 only" in (tmp_path / "study.md").read_text()
+    assert ("**Not comparable:** lr is 0.0004 in grpo-0 only."
+            in (tmp_path / "study.md").read_text())
 
 
 def test_the_plots_show_the_means(tmp_path):
-    """Catches: an axis upside down, a curve of one seed, a legend without its curve.
+    """Catches: an axis upside down, a curve of one seed, a moving average that drops the ends.
 
-    Held-out 50 % at step 0 and (70 + 80) / 2 = 75 % at step 8: on an axis from 50 to 80 the curve
-    starts at the bottom left corner and ends at the right, five sixths of the way up.
+    Held-out 50 % at step 0, (70 + 80) / 2 = 75 % at step 8: on an axis from 50 to 80 the curve
+    starts at the bottom left corner and ends at the right, half way between 70 and 80.
     """
+    rows = [{"step": step, "x": x} for step, x in enumerate((0.1, None, 0.3, 0.8))]
+    assert toy.curve([rows], "x", half=1) == [(0, pytest.approx(10)), (1, pytest.approx(20)),
+                                              (2, pytest.approx(55)), (3, pytest.approx(55))]
     for seed, after in enumerate((0.70, 0.80)):
-        write_run(tmp_path, "ffr", seed, after, [(s, 0.4, 0.6, 0.0, 1.0, 1) for s in range(8)])
-    assert toy.curve([[{"step": s, "x": x} for s, x in enumerate((0.1, None, 0.3, 0.8))]], "x", half=1) == [
-        (0, 10.0), (1, pytest.approx(20)), (2, pytest.approx(55)), (3, pytest.approx(55))]
+        write_run(tmp_path, f"ffr-{seed}", after, [(0.4, 0.6, 0.0, 1.0, 1)] * 8)
     study(tmp_path, "--report")
-    drawing = ElementTree.parse(tmp_path / "accuracy.svg").getroot()
+    drawing, helped = (ElementTree.parse(tmp_path / f"{name}.svg").getroot()
+                       for name in ("accuracy", "repair"))
     line, = drawing.findall("{*}polyline")
-    (x0, y0), (x1, y1) = (map(float, point.split(",")) for point in line.get("points").split())
-    texts = {text.text: (float(text.get("x")), float(text.get("y"))) for text in drawing.findall("{*}text")}
-    assert {"ffr", "50", "60", "70", "80", "0", "8", "training step", "accuracy, %"} <= texts.keys()
-    assert x0 == texts["0"][0] < x1 == texts["8"][0] and abs(y0 + 4 - texts["50"][1]) < 0.2
-    assert y1 == pytest.approx((texts["70"][1] + texts["80"][1]) / 2 - 4, abs=0.2)
-    assert len(ElementTree.parse(tmp_path / "repair.svg").getroot().findall("{*}polyline")) == 2
+    start, end = (tuple(map(float, point.split(","))) for point in line.get("points").split())
+    at = {text.text: (float(text.get("x")), float(text.get("y")))
+          for text in drawing.findall("{*}text")}
+    assert {"ffr", "50", "60", "70", "80", "0", "8", "training step", "accuracy, %"} <= at.keys()
+    assert start[0] == at["0"][0] < end[0] == at["8"][0]
+    assert at["80"][1] < at["50"][1]  # y points down
+    labels = 4  # a label's baseline is that much below its line
+    assert start[1] == pytest.approx(at["50"][1] - labels, abs=0.2)
+    assert end[1] == pytest.approx((at["70"][1] + at["80"][1]) / 2 - labels, abs=0.2)
+    assert len(helped.findall("{*}polyline")) == 2
