@@ -428,13 +428,15 @@ def row(name, flags, runs):
 
 
 def unlike(runs_of):
-    """Settings in which runs differ though no flag of their conditions names them."""
+    """Settings in which runs differ though no flag of their conditions names them, or their start.
+    """
     found = {}
     for name, flags, _ in CONDITIONS:
-        for config, *_ in runs_of[name]:
-            for key in config.keys() - {"method", "seed", "output", "resume"}:
+        for config, evals, _ in runs_of[name]:
+            same = {**config, "accuracy before": evals[0]["accuracy"]}
+            for key in same.keys() - {"method", "seed", "output", "resume"}:
                 if f"--{key}" not in flags.split():
-                    runs = found.setdefault(key, {}).setdefault(str(config[key]), [])
+                    runs = found.setdefault(key, {}).setdefault(str(same[key]), [])
                     runs.append(f"{name}-{config['seed']}")
     return [f"{key} is {value or 'empty'} in {', '.join(runs)} only"
             for key, values in sorted(found.items())
@@ -479,9 +481,9 @@ def plot(path, title, x_label, y_label, curves):
 
 def curve(tables, key, half=0):
     """[(step, percent)]: a key's mean over runs and the steps up to `half` before and after."""
-    rows = [row for table in tables for row in table]
-    points = ((step, mean(row[key] for row in rows if abs(row["step"] - step) <= half))
-              for step in sorted({row["step"] for row in rows}))
+    rows = [r for table in tables for r in table]
+    points = ((step, mean(r[key] for r in rows if abs(r["step"] - step) <= half))
+              for step in sorted({r["step"] for r in rows}))
     return [(step, 100 * value) for step, value in points if value is not None]
 
 
@@ -513,7 +515,7 @@ def report(output):
         ("interventions", "intervention_ratio"), ("repair rate", "repair_rate")) if runs_of["ffr"]}
     for name, title, label, curves in (
             ("accuracy", "Held-out, without patches", "accuracy, %", learned),
-            ("repair", "FFR: need for help, and what it brings", "share, %", helped)):
+            ("repair", "FFR: need for help, what it brings (7 steps' mean)", "share, %", helped)):
         if any(curves.values()):
             plot(output / f"{name}.svg", title, "training step", label, curves)
             parts.append(f"![{title}]({name}.svg)")
