@@ -355,15 +355,16 @@ def finished(folder):
 
 
 def train(folder, flags):
-    """Run train.py into `folder`, or go on there; returns the last line it wrote."""
+    """Run train.py into `folder`, or go on there; returns how it ended."""
     folder.mkdir(parents=True, exist_ok=True)
     resume = ["--resume"] * (folder / "config.json").exists()
     with open(folder / "train.log", "a") as log:
-        subprocess.run([sys.executable, TRAIN, *flags, "--output", folder, *resume], check=False,
-                       stdout=log, stderr=subprocess.STDOUT,
-                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+        code = subprocess.run([sys.executable, TRAIN, *flags, "--output", folder, *resume],
+                              check=False, stdout=log, stderr=subprocess.STDOUT,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
     said = (folder / "train.log").read_text(errors="replace").split("\n")
-    return next((line.split("\r")[-1] for line in reversed(said) if line.strip()), "no output")
+    last = next((line.split("\r")[-1] for line in reversed(said) if line.strip()), "no output")
+    return f"exit code {code}: {last}"
 
 
 def run_all(output, seeds, only, jobs):
@@ -379,7 +380,7 @@ def run_all(output, seeds, only, jobs):
     said = train(start, "--method grpo --steps 1 --batch_prompts 1 --rollouts 2 --eval_data".split()
                  + [""])
     if not (start / "metrics.jsonl").exists():
-        sys.exit(f"toy.py: making the warm start failed: {said}")
+        sys.exit(f"toy.py: making the warm start failed, {said}")
     failed, begin, pool = 0, time.time(), ThreadPoolExecutor(jobs)
     running = {pool.submit(train, folder, [*flags, "--eval_every", str(EVAL_EVERY)]): folder
                for folder, flags in wanted.items()}
@@ -388,7 +389,7 @@ def run_all(output, seeds, only, jobs):
             folder, ended = running[future], finished(running[future])
             failed += not ended
             print(f"{number} of {len(wanted)}, {time.time() - begin:.0f} s: {folder.name} "
-                  + ("ended" if ended else f"FAILED: {future.result()}"), flush=True)
+                  + ("ended" if ended else f"FAILED, {future.result()}"), flush=True)
     except KeyboardInterrupt:
         pool.shutdown(cancel_futures=True)
         sys.exit("stopped; the same command goes on")
@@ -448,7 +449,7 @@ def plot(path, title, x_label, y_label, curves):
     colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
     left, top, width, height = 62, 40, 430, 260
     xs, ys = zip(*(point for points in curves.values() for point in points))
-    last, low = max(*xs, 1), min(ys) // 10 * 10
+    last, low = max(-(-max(xs) // 4) * 4, 4), min(ys) // 10 * 10  # four ticks, whole steps
     high = max(-(-max(ys) // 10) * 10, low + 10)
 
     def at(x, y):

@@ -151,7 +151,7 @@ def test_a_failing_run_is_named_and_the_others_go_on(stub, capsys):
     """Catches: one crash that ends the study, or that nobody hears of; a misspelt --only."""
     with pytest.raises(SystemExit, match="2 runs failed"):
         study(stub, "--only", "grpo_lr_3e-5,grpo")
-    assert "grpo_lr_3e-5-0 FAILED: no space left\n" in capsys.readouterr().out
+    assert "grpo_lr_3e-5-0 FAILED, exit code 1: no space left\n" in capsys.readouterr().out
     assert calls(stub) == ["start", "grpo_lr_3e-5-0", "grpo-0", "grpo_lr_3e-5-1", "grpo-1"]
     table = (stub / "study.md").read_text()
     assert "| grpo | `--method grpo` | 2 |" in table
