@@ -798,12 +798,13 @@ def train(config, device, dtype):
             if stopped or ended or run.step % config.save_every == 0:
                 save(run)
             due = config.eval_every and run.step % config.eval_every == 0
-            if run.eval_samples and not stopped and (ended or due):
+            if run.eval_samples and due and not (stopped or ended):
                 evaluate(run)
         bar.close()
         if stopped:
             say(f"stopped after step {run.step}, saved; go on with --resume --output {run.output}")
-        elif run.eval_samples:
+        elif run.eval_samples:  # also of a run that was killed between its last step and here
+            evaluate(run)
             say(summary(run))
     finally:
         run.loader.close()

@@ -118,6 +118,17 @@ def test_two_processes_equal_one_and_need_not_fail_alike(world):
     assert any(per_step.values()) and all(samples <= {rows[1]["problem_id"]} for samples in per_step.values())
 
 
+def test_a_run_killed_before_its_last_evaluation_still_makes_it(world, tmp_path):
+    """Catches: a finished run whose summary prints an earlier evaluation as the last."""
+    config = config_of(world, tmp_path / "run", eval_data=str(world / "heldout.json"))
+    run(config)
+    evals = tmp_path / "run/eval.jsonl"
+    before = evals.read_text()
+    evals.write_text(before.splitlines(True)[0])  # as if killed after the last checkpoint
+    run(replace(config, resume=True))
+    assert evals.read_text() == before and [row["step"] for row in lines(evals)] == [0, 2]
+
+
 def test_sigterm_saves_and_stops(world):
     """Catches: a run that a scheduler's SIGTERM kills with an hour of work unsaved."""
     process = after_step(start(world, "--steps", 50, "--save_every", 1000, "--output", "terminated"), 1)
