@@ -50,10 +50,8 @@ ROWS_AT_ONCE = 8  # rows that the packed weights of a CPU are laid out for; othe
 class Cache:
     """Keys and values of B prefixes, and where their suffixes go on.
 
-    keys, values: per layer [B, K, P, E], prefixes padded on the right; lengths, next_position: B
-    ints.
-    features: what the vision tower said of the prefixes, kept for scoring where the tower is
-    frozen.
+    keys, values: per layer [B, K, P, E], padded on the right; lengths, next_position: B ints.
+    features: what the vision tower said of the prefixes, for scoring, where the tower is frozen.
     """
     lengths: list[int]
     next_position: list[int]
@@ -71,16 +69,13 @@ class Cache:
 
 @dataclass
 class Features:
-    """The vision tower's output for some segments: embeddings [v, D] and Qwen3-VL's deepstack [v,
-    D] each.
-    """
+    """The vision tower's output for some segments [v, D], and Qwen3-VL's deepstack [v, D] each."""
     embeddings: Tensor
     deepstack: list[Tensor]
 
 
 class Tree:
-    """How one packed row splits into prefixes and suffixes, and which suffix hangs from which
-    prefix.
+    """How one packed row splits into prefixes and suffixes, and which suffix hangs where.
 
     prefix_lengths: B ints; suffix_lengths, owners: N ints. With `cache` the prefixes are not in the
     row but in the cache. `store` collects each layer's padded keys and values: of the prefixes, or
@@ -100,9 +95,7 @@ class Tree:
         self._varlen = None
 
     def _suffix_mask(self, device):
-        """[N or 1, 1, S, P + S] bool: a suffix sees its whole prefix and itself up to and including
-        its own token.
-        """
+        """[N or 1, 1, S, P + S] bool: a suffix sees its prefix and itself up to its own token."""
         P, S = max(self.prefix_lengths), max(self.suffix_lengths)
         causal_SS = torch.ones(S, S, dtype=torch.bool, device=device).tril()
         lengths_B1 = torch.tensor(self.prefix_lengths, device=device)[:, None]
@@ -117,14 +110,14 @@ class Tree:
         """
         if self._varlen is None:
             P, S, owners = self.prefix_lengths, self.suffix_lengths, self.owners.tolist()
-            cumulate = lambda lengths: torch.tensor([0] + lengths).cumsum(0)
-            P_cu, S_cu, L = cumulate(P), cumulate(S), [P[b] + s for b, s in zip(owners, S)]
+            L = [P[b] + s for b, s in zip(owners, S)]
+            P_cu, S_cu, L_cu = (torch.tensor([0] + lengths).cumsum(0) for lengths in (P, S, L))
             keys = [torch.cat([torch.arange(P_cu[b], P_cu[b + 1]),
                                torch.arange(S_cu[n], S_cu[n + 1]) + P_cu[-1]])
                     for n, b in enumerate(owners)]
             keys = torch.cat(keys).to(self.device) if keys else None
             bounds = [(cu.to(self.device, torch.int32), max(lengths, default=0))
-                      for cu, lengths in ((P_cu, P), (S_cu, S), (cumulate(L), L))]
+                      for cu, lengths in ((P_cu, P), (S_cu, S), (L_cu, L))]
             self._varlen = *bounds, keys
         return self._varlen
 
@@ -292,9 +285,7 @@ class Completion:
 
 
 class Student(nn.Module):
-    """A vision-language model with the four operations FFR needs: prefill, sample, score (forward),
-    save.
-    """
+    """A vision-language model with four operations: prefill, sample, score (forward) and save."""
 
     def __init__(self, model, processor, trainable=True, freeze_vision=False):
         super().__init__()
@@ -315,8 +306,8 @@ class Student(nn.Module):
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32, attention="auto", trainable=True,
              freeze_vision=False, recompute=False, master=False):
-        """Load a checkpoint folder or hub name; weights in fp32 where they are trained (`master`: or
-        an average, whose steps bfloat16 would lose), else in `dtype`.
+        """Load a checkpoint folder or hub name; weights in fp32 where they are trained, or with
+        `master` (an average over steps too small for bfloat16), else in `dtype`.
 
         attention: auto | flash | sdpa. recompute: activation checkpointing of every block in
         training.
