@@ -68,7 +68,9 @@ def load(config):
         raise ValueError(f"{where} holds no questions of {config.benchmark}")
     for q in questions:
         try:
-            check_gold(q.kind, q.answer, () if q.judged else q.options)
+            check_gold(q.kind, q.answer, q.options)
+            if q.options and q.answer not in _letters(q):
+                raise ValueError(f"the answer {q.answer!r} is none of the letters {_letters(q)}")
         except ValueError as error:
             raise ValueError(f"sample {q.id}: {error}") from None
     id, times = Counter(q.id for q in questions).most_common(1)[0]
@@ -342,7 +344,7 @@ def mvbench(config, videos):
             bounded = task in BOUNDED and not config.uncut
             questions.append(Question(
                 f"{task}/{i}", row["question"], lettered(row["candidates"]),
-                LETTERS[row["candidates"].index(row["answer"])], "multiple choice", (task,),
+                dict(zip(row["candidates"], LETTERS))[row["answer"]], "multiple choice", (task,),
                 videos.at(f"{folder}/{name}", f"{folder}/{Path(name).stem}.mp4"),
                 span=(row["start"], row["end"]) if bounded else None))
     return questions
@@ -471,29 +473,37 @@ def _vsibench(q, text):
     return float(word.upper() == q.answer)
 
 
-def _videommmu(q, text):
-    """MMMU's reading: a marked letter, the last of several; else an option's text, in that order.
+# What MMMU's parser takes for the words before an answer.
+BEFORE = re.compile(r"(?:could be|found to be|determined to be|calculated as|counted as|measured as"
+                    r"|observed as|concluded as|number of|adds up to|equals|identify|recognize|total"
+                    r"|thus|therefore|final|answer|result|have|has|are|is|so) ")
 
-    For open questions a gold number, to two decimals, behind the last word like "is" or "answer".
-    """
+
+def _videommmu(q, text):
+    """MMMU's reading: the last of the letters that are marked; else an option's text."""
     said = _said(text)
-    if q.kind == "numerical":
-        tail = re.split(r"(?i)\b(?:is|are|answer|result|therefore|so|final)\b|[=:]", said)[-1]
-        found = {n and round(n, 2) for n in map(number, re.findall(r"-?\d[\d,]*\.?\d*", tail))}
-        golds = {gold: number(gold) for gold in q.accepted or (q.answer,)}
-        return float(any(tail.strip(" .") == gold if n is None else round(n, 2) in found
-                         for gold, n in golds.items()))
+    if q.kind != "multiple choice":
+        return _videommmu_open(q, said)
     said = f" {said.strip(',.!?;: ')} "
-    texts = zip(_letters(q), (option[3:].lower() for option in q.options))
-    forms = [[(said.rfind(x + mark), x) for x in _letters(q) for mark in ".:"],
-             [(said.rfind(f"({x})"), x) for x in _letters(q)],
-             [(said.rfind(f"{x} "), x) for x in _letters(q)],
-             [(said.lower().rfind(t), x) for x, t in texts if t and len(said.split()) > 5]]
-    for places in forms:
-        place, letter = max(places, default=(-1, ""))
-        if place >= 0:
-            return float(letter == q.answer)
-    return 0.0
+    for mark in ("{}.", "{}:", "({})", "{} "):
+        if found := [x for x in _letters(q) if mark.format(x) in said]:
+            place = " {} " if mark == "{} " else mark  # of several, not the end of "DNA "
+            return float(max(found, key=lambda x: said.rfind(place.format(x))) == q.answer)
+    texts = {x: option[3:].lower() for x, option in zip(_letters(q), q.options)}
+    found = [x for x, t in texts.items() if t and t in said.lower() and len(said.split()) > 5]
+    return float(max(found, key=lambda x: said.lower().rfind(texts[x]), default="") == q.answer)
+
+
+def _videommmu_open(q, said):
+    """A gold number, to two decimals, or text behind the last word like "is" of any line."""
+    lines = said.lower().strip(" .").split("\n")
+    lines[-1] = lines[-1].replace("=", " is ")
+    tails = [BEFORE.split(line)[-1] for line in lines if BEFORE.search(line)] or lines
+    numbers = re.findall(r"-?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)", "\n".join(tails))
+    found = {n and round(n, 2) for n in map(number, numbers)}
+    golds = {gold: number(gold) for gold in q.accepted or (q.answer,)}
+    return float(any(any(gold.lower() in tail for tail in tails) if n is None
+                     else round(n, 2) in found for gold, n in golds.items()))
 
 
 def _holmes(q, text):
@@ -517,9 +527,10 @@ def _longvideobench(q, text):
 
 
 def _lvbench(q, text):
-    """The first character of what stands before ")" and behind "("."""
-    said = _said(text).partition(")")[0].rpartition("(")[2].strip()
-    return float(said[:1] == q.answer)
+    """The first character of what stands before the first ")" and behind the first "("."""
+    said = _said(text).partition(")")[0]
+    said = said.split("(")[1] if "(" in said else said
+    return float(said.strip()[:1] == q.answer)
 
 
 def _mvbench(q, text):
@@ -553,8 +564,7 @@ def readable(q, text):
     if not said or q.kind not in ("multiple choice", "numerical", "regression"):
         return bool(said)
     if q.kind == "multiple choice":
-        return choice(said, q.options) is not None or bool(
-            q.accepted and _tempcompass_letter(q, said))
+        return bool(choice(said, q.options) or _tempcompass_letter(q, said))
     return number(said) is not None or number(said.split()[0].rstrip(".")) is not None
 
 

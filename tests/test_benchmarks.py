@@ -161,10 +161,20 @@ def test_videommmu_rules(world):
     two = found["Comprehension/validation_Finance_1"]  # the option's text, in six words or more
     assert right("videommmu", two, "we would say that it must be two")[0] == 1.0 and right("videommmu", two, "it is two")[0] == 0.0
     assert right("videommmu", q, "I think so")[0] == 0.0  # I is one of fourteen letters, and not the right one
+    for text, letter in (("The answer is C because of the DNA in there", "C"), ("A. it is, not B: which", "A"), ("B: or C: then", "C"),
+                         ("NASA BBC said", "A"), ("now (D) or (B)", "B")):  # worked out by the authors' order of marks
+        assert right("videommmu", replace(q, answer=letter), text)[0] == 1.0, text
+    dogs = replace(two, options=("A. a dog", "B. a dog runs"), answer="A")
+    assert right("videommmu", dogs, "we see that here a dog runs")[0] == 1.0  # both begin there: the first
     number = found["Adaptation/test_Math_2"]  # 12.5
     assert right("videommmu", number, tagged("12.50")) == (1.0, 1.0)
     assert right("videommmu", number, tagged("It is 3 and the answer is 12.5 m")) == (1.0, 0.0)
     assert right("videommmu", number, tagged("12")) == (0.0, 0.0)
+    assert right("videommmu", number, "The answer is 12.5\nSo I have told all there is.")[0] == 1.0  # any line
+    assert right("videommmu", number, "It is 12.5, not 3, so 3")[0] == 0.0  # behind the last such word
+    assert right("videommmu", replace(number, answer="0.5", accepted=("0.5",)), "x = .5")[0] == 1.0
+    words = replace(number, kind="free-form", answer="red wine", accepted=("red wine",))
+    assert right("videommmu", words, "It is Red wine, I think")[0] == 1.0 and right("videommmu", words, "It is wine")[0] == 0.0
     several = found["Adaptation/validation_Manage_4"]  # ['24/7', '3.429', '3.43]
     assert right("videommmu", several, tagged("24/7")) == (1.0, 0.0) and right("videommmu", several, tagged("3.43")) == (1.0, 1.0)
 
@@ -176,6 +186,7 @@ def test_longvideobench_lvbench_and_mvbench_rules(world):
     assert right("longvideobench", q, "Because F") == (0.0, 0.0)
     q = questions(world, "lvbench")[0]  # D
     assert right("lvbench", q, "It is (D) 1633") == (1.0, 0.0) and right("lvbench", q, "D. 1633") == (1.0, 0.0)
+    assert right("lvbench", q, "(D (or (C)")[0] == 1.0 and right("lvbench", q, "B (D) or (C)")[0] == 1.0
     q = {q.groups[0]: q for q in questions(world, "mvbench")}["action_sequence"]  # B
     assert right("mvbench", q, "B) a cup") == (1.0, 0.0) and right("mvbench", q, "(b)") == (1.0, 0.0)
     for nothing in ("", " ", "()", ".", ")", "a cup"):
@@ -194,6 +205,7 @@ def test_tempcompass_labels_and_judge(world):
     assert right("tempcompass", caption, "Caption A")[0] == 1.0
     no = found["yes_no/1021/action/1"]
     assert no.answer == "B" and right("tempcompass", no, "No, it closes.") == (1.0, 0.0) and right("tempcompass", no, "Yes")[0] == 0.0
+    assert tally([no], {no.id: {"text": "No, it closes."}})["unreadable"] == 0
     free = found["captioning/1021/action/0"]
     assert free.options == () and free.judged and right("tempcompass", free, "It closes.") == (None, None)
     texts = {q.id: tagged(q.answer) for q in found.values()}
@@ -291,6 +303,8 @@ def test_the_repository_s_own_copies_and_the_mirrors_are_read(world, tmp_path):
     ([{"id": 1}], "a row is not as in vsibench: KeyError 'options'"), ([], "holds no questions"), ("{", "is not JSON"),
     ([{"id": 1, "dataset": "d", "scene_name": "s", "question_type": "t", "question": "?", "ground_truth": "Z",
        "options": ["A. x", "B. y"]}], "sample 1: .*names none of the 2 options"),
+    ([{"id": 1, "dataset": "d", "scene_name": "s", "question_type": "t", "question": "?", "ground_truth": "b", "options": ["A. x", "B. y"]}],
+     "sample 1: the answer 'b' is none of the letters AB"),
     ([{"id": 1, "dataset": "d", "scene_name": "s", "question_type": "t", "question": "?", "ground_truth": "2", "options": None}] * 2,
      "2 questions have the id 1")))
 def test_rows_that_are_not_the_benchmark_s_are_one_sentence(world, tmp_path, rows, sentence):
