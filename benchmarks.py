@@ -429,12 +429,13 @@ def family_json(config, videos):
 def value(benchmark, q, text, convention, verdicts=None):
     """How right an answer is, in [0, 1]; None where only a judge could tell and none has.
 
-    verdicts: {question id: 0 or 1}, the judge's.
+    verdicts: {question id: 0 or 1}, the judge's; None without a judge. Nothing said is wrong.
     """
     assert convention in CONVENTIONS, convention
     if q.judged:
-        judged = verdicts if convention == "official" else None
-        return (judged.get(q.id) if text.strip() else 0.0) if judged else None
+        if convention == "family" or verdicts is None:
+            return None
+        return verdicts.get(q.id) if text.strip() else 0.0
     if convention == "family":
         return _family(q, text)
     rules = {"vsibench": _vsibench, "videommmu": _videommmu, "holmes": _holmes,

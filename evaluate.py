@@ -539,15 +539,19 @@ def report_failures(what, failures):
 
 def predictions(config, questions):
     """Answers made elsewhere, as the rows of a run: JSONL of id and text."""
-    path, known = Path(config.predictions), {q.id for q in questions}
-    found = {}
-    for number, row in enumerate(read(path), start=1):
+    path, known, found = config.predictions, {q.id for q in questions}, {}
+    listed = read(path)
+    for i, row in enumerate(listed if isinstance(listed, list) else [listed], start=1):
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise ValueError(f"{path}, row {number}: not an object with id and text")
-        if str(row.get("id")) not in known:
-            raise ValueError(f"{path}, row {number}: {row.get('id')!r} is no question of "
+            raise ValueError(f"--predictions {path}, row {i}: not an object with id and text")
+        if (id := str(row.get("id"))) not in known:
+            raise ValueError(f"--predictions {path}, row {i}: {row.get('id')!r} is no question of "
                              f"{config.benchmark}; ids are like {questions[0].id!r}")
-        found[str(row["id"])] = {"id": str(row["id"]), "text": row["text"]}
+        if id in found:
+            raise ValueError(f"--predictions {path}, row {i}: a second answer to question {id!r}")
+        found[id] = {"id": id, "text": row["text"]}
+    if not found:
+        raise ValueError(f"--predictions {path} holds no answers")
     return found
 
 
@@ -567,7 +571,7 @@ def evaluate(config):
     questions = load(config)
     if config.predictions:
         run = Run(Path(config.output), SimpleNamespace(**settings(config)), questions,
-                  predictions(config, questions), {}, {})
+                  predictions(config, questions), {}, {} if config.judge else None)
         if config.output:
             open_run(config, questions)
             (run.folder / "answers.jsonl").write_text(

@@ -33,7 +33,7 @@ class Run:
     questions: list[Question]
     answers: dict
     patched: dict
-    verdicts: dict
+    verdicts: dict | None
 
 
 def jsonl(path):
@@ -46,17 +46,17 @@ def jsonl(path):
 
 
 def merged(folder, name):
-    """Rows by id from the files of all processes; an answer takes the place of an error."""
+    """Rows by id from the files of all processes, the last each; no error replaces an answer."""
     found = {}
     for path in sorted(folder.glob(f"{name}*.jsonl")):
         for row in jsonl(path):
-            if not row.get("error") or row["id"] not in found:
+            if not row.get("error") or found.get(row["id"], row).get("error"):
                 found[row["id"]] = row
     return found
 
 
 def read_run(folder):
-    """A run from its files; verdicts only on the answers that are still there."""
+    """A run from its files; verdicts only on the answers still there, None without a judge."""
     folder = Path(folder)
     try:
         config = SimpleNamespace(**json.loads((folder / "config.json").read_text()))
@@ -68,6 +68,8 @@ def read_run(folder):
     answers = merged(folder, "answers")
     verdicts = {id: row["verdict"] for id, row in merged(folder, "verdicts").items()
                 if row["of"] == digest(answers.get(id, {}).get("text", ""))}
+    if not config.judge and not any(folder.glob("verdicts*.jsonl")):
+        verdicts = None
     return Run(folder, config, questions, answers, merged(folder, "patched"), verdicts)
 
 
@@ -140,11 +142,9 @@ def report(run):
     own = "lenient" if config.benchmark == "family" else "official"
     parts = [f"## {title}", ", ".join(f"{n} {name}" for name, n in counts.items()),
              markdown(["", own, "n", "family", "n"], body)]
-    unjudged = sum(q.judged and q.id not in run.verdicts and bool(texts[q.id])
-                   for q in seen(run))
-    if unjudged:
-        parts.append(f"Left out of the official figures: {unjudged} answers that only a judge can "
-                     "score (--judge).")
+    if unjudged := len(run.questions) - official["overall"][1] if official else len(run.questions):
+        parts.append(f"Left out of the official figures: {unjudged} questions that only a judge "
+                     "can score (--judge).")
     if row := paper_line(column(run)):
         parts.append(row)
     return "\n\n".join(parts)
@@ -315,6 +315,8 @@ def table(argv):
     runs = find_runs(options.runs)
     rows_ = by_row(runs)
     parts = [f"### {c}\n\n{main_table(rows_, c, numbers)}" for c in CONVENTIONS]
+    if any(run.config.benchmark == "family" for run in runs):
+        parts.insert(1, "Here files of the family's are scored leniently, over all questions.")
     body = [[f"{label}, {benchmark}, seed {seed}",
              *map(str, tally(run.questions, run.answers).values()),
              *(percent(overall(run, c, questions=some)) for c in CONVENTIONS

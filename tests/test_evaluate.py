@@ -270,6 +270,28 @@ def test_predictions_need_no_torch_and_answers_may_be_missing(world, tmp_path):
         evaluate.evaluate(evaluate.parse(given))
 
 
+@pytest.mark.parametrize("content, sentence", (
+    ('{"id": 5, "text": "A"}\n{"id": "5", "text": "B"}\n', "row 2: a second answer to question '5'"),
+    ('{"id": "5", "text": null}\n', "row 1: not an object with id and text"), ("", "holds no answers"), ("[]", "row 1: not an object")))
+def test_predictions_that_leave_a_choice_are_refused(world, tmp_path, content, sentence):
+    """Catches: the last of two answers to a question taken, no text scored as one, an empty file as 5,000 wrong answers."""
+    (tmp_path / "p.jsonl").write_text(content)
+    given = ["--benchmark", "vsibench", "--data", str(world / miniature.DATA["vsibench"]), "--predictions", str(tmp_path / "p.jsonl")]
+    with pytest.raises(ValueError, match=sentence):
+        evaluate.evaluate(evaluate.parse(given))
+
+
+def test_predictions_of_windows_and_of_whole_json(world, tmp_path):
+    """Catches: a byte order mark or a carriage return taken for part of the first id or the last answer."""
+    rows_ = [{"id": "3", "text": "8"}, {"id": 5, "text": "A"}]
+    (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(row).encode() for row in rows_) + b"\r\n\r\n")
+    (tmp_path / "p.json").write_text(json.dumps(rows_))
+    for name in ("p.jsonl", "p.json"):
+        report = evaluate.evaluate(evaluate.parse(
+            ["--benchmark", "vsibench", "--data", str(world / miniature.DATA["vsibench"]), "--predictions", str(tmp_path / name)]))
+        assert "10 unanswered" in report and "| over questions | 16.7 | 12 | 16.7 | 12 |" in report
+
+
 def text_of(body):
     content = body["messages"][0]["content"]
     return "\n".join(block["text"] for block in content if block["type"] == "text")
@@ -340,7 +362,7 @@ def test_the_judge_scores_what_no_rule_can(world, tmp_path, monkeypatch):
         path = tmp_path / f"{benchmark}.jsonl"
         path.write_text(json.dumps({"id": id, "text": answer}) + "\n")
         given = ["--benchmark", benchmark, "--data", str(world / miniature.DATA[benchmark]), "--predictions", str(path)]
-        assert "Left out of the official figures: 1 answers" in evaluate.evaluate(evaluate.parse(given))
+        assert "Left out of the official figures: 1 questions" in evaluate.evaluate(evaluate.parse(given))
         with MessagesServer(script) as server:
             judged = [*given, "--judge", "j", "--api_url", server.url, "--output", str(tmp_path / benchmark)]
             report = evaluate.evaluate(evaluate.parse(judged))
@@ -350,6 +372,28 @@ def test_the_judge_scores_what_no_rule_can(world, tmp_path, monkeypatch):
     path = tmp_path / "mmvu/answers.jsonl"
     path.write_text(json.dumps({"id": "validation_2", "text": "another answer"}) + "\n")
     assert results.read_run(tmp_path / "mmvu").verdicts == {}
+
+
+def test_the_last_error_of_a_question_stands_and_no_error_replaces_an_answer(tmp_path):
+    """Catches: a file counted as missing that is there by now and cannot be decoded, an answer lost to an old error."""
+    lines = [{"id": "a", "text": "", "error": "missing: f"}, {"id": "a", "text": "", "error": "undecodable: f"},
+             {"id": "b", "text": "B"}, {"id": "b", "text": "", "error": "missing: f"}]
+    (tmp_path / "answers-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    assert {id: row.get("error") for id, row in rows(tmp_path).items()} == {"a": "undecodable: f", "b": None}
+
+
+def test_silence_is_wrong_before_a_judge_too(world, tmp_path, monkeypatch):
+    """Catches: open questions left out of a judged run because their model said nothing that could be judged."""
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "none")
+    path = tmp_path / "silent.jsonl"
+    path.write_text('{"id": "validation_0", "text": "E"}\n{"id": "validation_2", "text": " "}\n')
+    given = ["--benchmark", "mmvu", "--data", str(world / miniature.DATA["mmvu"]), "--predictions", str(path)]
+    assert "| overall | 50.0 | 2 |" in evaluate.evaluate(evaluate.parse(given))
+    with MessagesServer(lambda body: says("yes")) as server:
+        judged = [*given, "--judge", "j", "--api_url", server.url, "--output", str(tmp_path / "run")]
+        report = evaluate.evaluate(evaluate.parse(judged))
+        assert not server.seen and "| overall | 33.3 | 3 | 50.0 | 2 |" in report and "Left out" not in report
+    assert results.read_run(tmp_path / "run").verdicts == {}
 
 
 @pytest.mark.parametrize("given, sentence", (
