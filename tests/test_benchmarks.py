@@ -19,12 +19,11 @@ def world(tmp_path_factory):
     return miniature.make(tmp_path_factory.mktemp("miniature"))
 
 
-def config(world, benchmark, **flags):
-    """The flags that load() reads; `benchmark` says where the files are."""
-    data = world / miniature.DATA[benchmark]
-    root = world / ("lvb" if benchmark == "longvideobench" else benchmark)
-    return SimpleNamespace(**{**dict(benchmark=benchmark, data=str(data), video_root=str(root), frames=4, subtitles=False,
-                                     uncut=False, question_only=False), **flags})
+def config(world, where, **flags):
+    """The flags that load() reads; `where` says whose files."""
+    root = world / ("lvb" if where == "longvideobench" else where)
+    return SimpleNamespace(**dict(benchmark=where, data=str(world / miniature.DATA[where]), video_root=str(root), frames=4,
+                                  subtitles=False, uncut=False, question_only=False) | flags)
 
 
 def questions(world, benchmark, **flags):
@@ -150,6 +149,7 @@ def test_holmes_official_parser_prefers_early_letters(world):
     assert right("holmes", q, tagged("C: it was he")) == (1.0, 0.0)
     assert right("holmes", q, tagged("C. A man")) == (0.0, 0.0)  # "A "
     assert right("holmes", q, "<answer>A</answer> no, <answer>C</answer>") == (1.0, 0.0)
+    assert right("holmes", replace(q, options=q.options[:3]), "D or C")[0] == 1.0  # of three options none is D
 
 
 def test_videommmu_rules(world):
@@ -184,6 +184,7 @@ def test_longvideobench_lvbench_and_mvbench_rules(world):
     q = questions(world, "longvideobench")[1]  # E of five
     assert right("longvideobench", q, "The answer is E") == (1.0, 0.0) and right("longvideobench", q, tagged("A man, E")) == (0.0, 0.0)
     assert right("longvideobench", q, "Because F") == (0.0, 0.0)
+    assert right("longvideobench", q, "Four of them: E")[0] == 1.0 and right("longvideobench", q, "Nobody. E")[0] == 1.0  # no F, no N
     q = questions(world, "lvbench")[0]  # D
     assert right("lvbench", q, "It is (D) 1633") == (1.0, 0.0) and right("lvbench", q, "D. 1633") == (1.0, 0.0)
     assert right("lvbench", q, "(D (or (C)")[0] == 1.0 and right("lvbench", q, "B (D) or (C)")[0] == 1.0
@@ -275,10 +276,23 @@ def test_family_json_finds_doubled_folders_and_tasks(world, tmp_path):
             {"problem_id": 5, "problem": "How many?", "data_type": "video", "problem_type": "regression", "options": None,
              "original_question_type": "n", "solution": "<answer>2</answer>", "path": "./Evaluation/VSI/scannet/scene0000_00.mp4"}]
     (tmp_path / "eval_vsibench.json").write_text(json.dumps(rows))
-    found = load(SimpleNamespace(**vars(config(world, "vsibench")) | dict(benchmark="family", data=str(tmp_path / "eval_vsibench.json"))))
+    found = load(config(world, "vsibench", benchmark="family", data=str(tmp_path / "eval_vsibench.json")))
     assert [Path(q.media).exists() for q in found] == [True, True] and found[0].groups == ("t",)
     figures = score("family", found, {"1": tagged("B"), "5": tagged("3")}, "family")
     assert figures["overall"][0] == pytest.approx(0.5) and score("family", found, {"1": "B.", "5": "2"}, "official")["overall"][0] == 1.0
+
+
+def test_the_family_s_mvbench_has_its_tasks_by_position(world, tmp_path):
+    """Catches: no figures for the twenty tasks, as the rows name none, or the tasks in the authors' order."""
+    row = {"problem": "?", "problem_type": "multiple choice", "options": ["A. x", "B. y"], "original_question_type": "",
+           "solution": "<answer>B</answer>", "path": "./scannet/scene0000_00.mp4"}
+    path = tmp_path / "eval_mvbench.json"
+    path.write_text(json.dumps([{**row, "problem_id": i} for i in range(1, 4001)]))
+    found = load(config(world, "vsibench", data=str(path), benchmark="family"))
+    assert [found[200 * k].groups for k in (0, 4, 11, 15, 19)] == [
+        ("action_antonym",), ("action_sequence",), ("moving_attribute",), ("object_interaction",), ("unexpected_action",)]
+    path.write_text(json.dumps([{**row, "problem_id": i} for i in range(1, 401)]))
+    assert load(config(world, "vsibench", data=str(path), benchmark="family"))[399].groups == ()  # a part: unknown
 
 
 def test_the_repository_s_own_copies_and_the_mirrors_are_read(world, tmp_path):
