@@ -69,8 +69,8 @@ def load(config):
     for q in questions:
         try:
             check_gold(q.kind, q.answer, q.options)
-            if q.options and q.answer not in _letters(q):
-                raise ValueError(f"the answer {q.answer!r} is none of the letters {_letters(q)}")
+            if q.kind == "multiple choice" and q.answer not in list(_letters(q)):
+                raise ValueError(f"the answer {q.answer!r} is no letter of {len(q.options)} options")
         except ValueError as error:
             raise ValueError(f"sample {q.id}: {error}") from None
     id, times = Counter(q.id for q in questions).most_common(1)[0]
@@ -158,37 +158,37 @@ def split_options(text):
 # ---------------------------------------------------------------------------------------------
 # Loaders: the layouts of the benchmarks' own repositories and hub pages
 
-DISCIPLINES = {  # of MMVU's subjects
-    subject: discipline for discipline, subjects in {
-        "Science": "Biology Chemistry Modern_Physics Astronomy Geography Materials_Science"
-                   " Neurobiology Electromagnetism Thermodynamics Mechanics",
-        "Engineering": "Civil_Engineering Electrical_Engineering Mechanical_Engineering"
-                       " Biomedical_Engineering Electronics_and_Communication Computer_Science",
-        "Healthcare": "Clinical_Medicine Basic_Medicine Preventive_Medicine Pharmacy Dentistry",
-        "Humanities and Social Science": "Art Literature History Law Economics Management",
-    }.items() for subject in subjects.split()}
-FACULTIES = {  # of Video-MMMU's subjects; the folders of its videos
-    subject: faculty for faculty, subjects in {
-        "Art": "Art Art_Theory Design Music",
-        "Science": "Biology Chemistry Geography Math Physics",
-        "Humanities": "History Literature Sociology Psychology",
-        "Engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics"
-                       " Energy_and_Power Materials Mechanical_Engineering",
-        "Medicine": "Basic_Medical_Science Clinical_Medicine Diagnostics_and_Laboratory_Medicine"
-                    " Pharmacy Public_Health",
-        "Business": "Accounting Economics Finance Manage Marketing",
-    }.items() for subject in subjects.split()}
-MVBENCH = {  # the folders of its tasks' videos
-    task: folder for folder, tasks in {
-        "star/Charades_v1_480": "action_sequence action_prediction object_interaction",
-        "sta/sta_video": "action_localization", "ssv2_video": "action_antonym",
-        "Moments_in_Time_Raw/videos": "fine_grained_action", "FunQA_test/test": "unexpected_action",
-        "clevrer/video_validation": "object_existence moving_direction moving_count"
-                                    " moving_attribute counterfactual_inference",
-        "perception/videos": "object_shuffle action_count state_change character_order",
-        "scene_qa/video": "scene_transition", "nturgbd": "fine_grained_pose",
-        "vlnqa": "egocentric_navigation", "tvqa/frames_fps3_hq": "episodic_reasoning",
-    }.items() for task in tasks.split()}
+
+def members(groups):
+    """{member: group} of {group: "member member ..."}."""
+    return {member: group for group, listed in groups.items() for member in listed.split()}
+
+
+DISCIPLINES = members({  # of MMVU's subjects
+    "Science": "Biology Chemistry Modern_Physics Astronomy Geography Materials_Science"
+               " Neurobiology Electromagnetism Thermodynamics Mechanics",
+    "Engineering": "Civil_Engineering Electrical_Engineering Mechanical_Engineering"
+                   " Biomedical_Engineering Electronics_and_Communication Computer_Science",
+    "Healthcare": "Clinical_Medicine Basic_Medicine Preventive_Medicine Pharmacy Dentistry",
+    "Humanities and Social Science": "Art Literature History Law Economics Management"})
+FACULTIES = members({  # of Video-MMMU's subjects; the folders of its videos
+    "Art": "Art Art_Theory Design Music",
+    "Science": "Biology Chemistry Geography Math Physics",
+    "Humanities": "History Literature Sociology Psychology",
+    "Engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics"
+                   " Energy_and_Power Materials Mechanical_Engineering",
+    "Medicine": "Basic_Medical_Science Clinical_Medicine Diagnostics_and_Laboratory_Medicine"
+                " Pharmacy Public_Health",
+    "Business": "Accounting Economics Finance Manage Marketing"})
+MVBENCH = members({  # the folders of its tasks' videos
+    "star/Charades_v1_480": "action_sequence action_prediction object_interaction",
+    "sta/sta_video": "action_localization", "ssv2_video": "action_antonym",
+    "Moments_in_Time_Raw/videos": "fine_grained_action", "FunQA_test/test": "unexpected_action",
+    "clevrer/video_validation": "object_existence moving_direction moving_count"
+                                " moving_attribute counterfactual_inference",
+    "perception/videos": "object_shuffle action_count state_change character_order",
+    "scene_qa/video": "scene_transition", "nturgbd": "fine_grained_pose",
+    "vlnqa": "egocentric_navigation", "tvqa/frames_fps3_hq": "episodic_reasoning"})
 BOUNDED = {"action_sequence", "action_prediction", "object_interaction", "action_localization",
            "episodic_reasoning"}  # MVBench's tasks about some seconds of a video
 FORMATS = ("multi-choice", "yes_no", "caption_matching", "captioning")  # TempCompass' tasks
@@ -294,11 +294,6 @@ def spoken(row, frames, folders):
     if path is None:
         raise ValueError(f"--subtitles: sample {row['id']} has no file {row['subtitle_path']} in "
                          f"{' or '.join(map(str, folders))}")
-
-    def seconds(stamp):
-        parts = str(stamp).split(":")
-        return sum(float(part) * 60**i for i, part in enumerate(reversed(parts)))
-
     shown, kept = np.linspace(0, row["duration"], frames), []
     for line in read(path):
         start, end = line["timestamp"] if "timestamp" in line else (line["start"], line["end"])
@@ -309,6 +304,11 @@ def spoken(row, frames, folders):
         if (abs(shown - middle) < half).any():
             kept.append(f"[{middle:.0f} s] {line.get('line') or line.get('text')}")
     return "\n".join(["Subtitles:", *kept, "", ""]) if kept else ""
+
+
+def seconds(stamp):
+    """Seconds of "HH:MM:SS.mmm", "MM:SS" or a number."""
+    return sum(float(part) * 60**i for i, part in enumerate(reversed(str(stamp).split(":"))))
 
 
 def lvbench(config, videos):
@@ -329,8 +329,7 @@ def lvbench(config, videos):
 
 def _reference(text):
     """LVBench's "MM:SS-MM:SS", or with hours, as evidence: where the answer is, not an input."""
-    parts = re.findall(r"\d+(?::\d+)+", text or "")
-    times = [sum(int(n) * 60**i for i, n in enumerate(reversed(p.split(":")))) for p in parts]
+    times = [seconds(part) for part in re.findall(r"\d+(?::\d+)+", text or "")]
     return ({"start": min(times), "end": max(times)},) if len(times) == 2 else ()
 
 
@@ -355,13 +354,12 @@ def tempcompass(config, videos):
 
     Yes or no and caption matching are asked with lettered options, so that one rule reads all.
     """
-    found, mc = [], {}
+    found = []
     for path in pick(config.data, "questions/*.json", "*/test*.parquet", "*.json"):
         form = next((name for name in (path.stem, path.parent.name) if name in FORMATS), None)
-        for row in _tempcompass_rows(read(path)) if form else ():
-            found.append((form, row))
-            if form == "multi-choice":
-                mc.setdefault((row["video_id"], row["dim"]), row)
+        found += [(form, row) for row in _tempcompass_rows(read(path))] if form else []
+    mc = {(row["video_id"], row["dim"]): row for form, row in reversed(found)
+          if form == "multi-choice"}  # the first one of each
     questions, seen = [], Counter()
     for form, row in found:
         place = form, row["video_id"], row["dim"]
@@ -439,8 +437,9 @@ def value(benchmark, q, text, convention, verdicts=None):
     if convention == "family":
         return _family(q, text)
     rules = {"vsibench": _vsibench, "videommmu": _videommmu, "holmes": _holmes,
-             "longvideobench": _longvideobench, "lvbench": _lvbench, "mvbench": _mvbench,
-             "tempcompass": _tempcompass}
+             "longvideobench": _longvideobench, "lvbench": _lvbench, "mvbench": _mvbench}
+    if benchmark == "tempcompass":
+        return float(_tempcompass_letter(q, _said(text)) == q.answer)
     return rules.get(benchmark, _lenient)(q, text)
 
 
@@ -540,10 +539,6 @@ def _mvbench(q, text):
     return float(f"({gold})" in word or word in (gold, f"({gold}", f"{gold})"))
 
 
-def _tempcompass(q, text):
-    return float(_tempcompass_letter(q, _said(text)) == q.answer)
-
-
 def _tempcompass_letter(q, said):
     """The option that is given by its letter or whole text, or as its format writes it."""
     if q.options == ("A. yes", "B. no") and re.match("(?i)yes|no", said):
@@ -601,20 +596,21 @@ def values(benchmark, questions, texts, convention, verdicts=None):
     return [(q, v) for q, v in scored if v is not None]
 
 
+def headline(benchmark, scored, convention):
+    """(share right, questions) of questions with their values; None of no questions."""
+    cells = [cell(benchmark, q, convention) for q, _ in scored]
+    return (float(weights(cells) @ [v for _, v in scored]), len(scored)) if scored else None
+
+
 def score(benchmark, questions, texts, convention, verdicts=None):
     """{name: (share right, questions)}: overall, over all questions alike, and every group's."""
     scored = values(benchmark, questions, texts, convention, verdicts)
-
-    def mean(part, cells):
-        return float(np.dot(weights(cells), [v for _, v in part])), len(part)
-
-    cells = {q.id: cell(benchmark, q, convention) for q, _ in scored}
-    figures = {"overall": mean(scored, list(cells.values()))} if scored else {}
-    if len(set(cells.values())) > 1:
-        figures["over questions"] = mean(scored, [()] * len(scored))
+    figures = {"overall": headline(benchmark, scored, convention)} if scored else {}
+    if len({cell(benchmark, q, convention) for q, _ in scored}) > 1:
+        figures["over questions"] = float(np.mean([v for _, v in scored])), len(scored)
     for group in dict.fromkeys(group for q, _ in scored for group in q.groups):
         part = [(q, v) for q, v in scored if group in q.groups]
-        figures[group] = mean(part, [cells[q.id] for q, _ in part])
+        figures[group] = headline(benchmark, part, convention)
     return figures
 
 

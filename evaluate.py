@@ -156,8 +156,8 @@ def open_run(config, questions):
         before = json.loads((folder / "config.json").read_text())
         fixed = PATCHING if any(folder.glob("patched*.jsonl")) else set()
         for name, now in asdict(config).items():
-            if before[name] != now and (name not in FREE or name in fixed):
-                raise ValueError(f"--{name} {now}: the run in {folder} has {before[name]}")
+            if before.get(name) != now and (name not in FREE or name in fixed):
+                raise ValueError(f"--{name} {now}: the run in {folder} has {before.get(name)}")
         if (folder / "questions.jsonl").read_text() != "".join(written):
             raise ValueError(f"--data: the run in {folder} was about other questions")
     folder.mkdir(parents=True, exist_ok=True)
@@ -177,11 +177,11 @@ class Lines:
             os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         self.file = open(path, "a", buffering=1)
         self.benchmark, self.known, self.values = config.benchmark, known, []
-        done = [q for q in mine if q.id in known and not known[q.id].get("error")]
         self.bar = tqdm(total=len(mine), desc=f"{config.benchmark} {name}",
                         disable=os.environ.get("RANK", "0") != "0")
-        for q in done:
-            self._show(q, known[q.id].get("text", ""))
+        for q in mine:
+            if q.id in known and not known[q.id].get("error"):
+                self._show(q, known[q.id]["text"])
 
     def __call__(self, q, text="", **facts):
         row = {"id": q.id, "text": text, **facts}
@@ -553,9 +553,6 @@ def predictions(config, questions):
     if not found:
         raise ValueError(f"--predictions {path} holds no answers")
     return found
-
-
-# ---------------------------------------------------------------------------------------------
 
 
 def output_folder(config):

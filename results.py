@@ -17,8 +17,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from benchmarks import (CONVENTIONS, REASONING, TITLES, Question, cell, knowledge, readable, score,
-                        tally, values, weights)
+from benchmarks import (CONVENTIONS, REASONING, TITLES, Question, cell, headline, knowledge,
+                        readable, score, tally, values, weights)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -110,8 +110,7 @@ def overall(run, convention, patched=False, questions=None):
     """The headline of a run, None where the convention scores none of the questions."""
     scored = values(run.config.benchmark, run.questions if questions is None else questions,
                     texts_of(run, patched), convention, run.verdicts)
-    places = [cell(run.config.benchmark, q, convention) for q, _ in scored]
-    return float(weights(places) @ [v for _, v in scored]) if scored else None
+    return headline(run.config.benchmark, scored, convention)[0] if scored else None
 
 
 def seen(run):
