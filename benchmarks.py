@@ -9,7 +9,8 @@ family     Video-R1's: the letter and nothing else inside <answer>, else in all 
 
 Nothing here imports torch. Departures from the authors: an empty or unreadable answer is wrong,
 never a random letter (LongVideoBench), never right (MVBench) and never left out (LVBench); MMVU's
-multiple choice goes by rule, not by judge; an answer that stands in <answer> is read there.
+multiple choice goes by rule, not by judge, and so do TempCompass' answers, also where its rules
+read none; an answer that stands in <answer> is read there.
 """
 
 import json
@@ -70,7 +71,7 @@ def load(config):
         try:
             check_gold(q.kind, q.answer, q.options)
             if q.kind == "multiple choice" and q.answer not in list(_letters(q)):
-                raise ValueError(f"the answer {q.answer!r} is no letter of {len(q.options)} options")
+                raise ValueError(f"the answer {q.answer!r} is none of {len(q.options)} letters")
         except ValueError as error:
             raise ValueError(f"sample {q.id}: {error}") from None
     id, times = Counter(q.id for q in questions).most_common(1)[0]
@@ -436,10 +437,10 @@ def value(benchmark, q, text, convention, verdicts=None):
         return verdicts.get(q.id) if text.strip() else 0.0
     if convention == "family":
         return _family(q, text)
-    rules = {"vsibench": _vsibench, "videommmu": _videommmu, "holmes": _holmes,
-             "longvideobench": _longvideobench, "lvbench": _lvbench, "mvbench": _mvbench}
     if benchmark == "tempcompass":
         return float(_tempcompass_letter(q, _said(text)) == q.answer)
+    rules = {"vsibench": _vsibench, "videommmu": _videommmu, "holmes": _holmes,
+             "longvideobench": _longvideobench, "lvbench": _lvbench, "mvbench": _mvbench}
     return rules.get(benchmark, _lenient)(q, text)
 
 
@@ -474,9 +475,10 @@ def _vsibench(q, text):
 
 
 # What MMMU's parser takes for the words before an answer.
-BEFORE = re.compile(r"(?:could be|found to be|determined to be|calculated as|counted as|measured as"
-                    r"|observed as|concluded as|number of|adds up to|equals|identify|recognize|total"
-                    r"|thus|therefore|final|answer|result|have|has|are|is|so) ")
+BEFORE = re.compile(
+    "(?:could be|found to be|determined to be|calculated as|counted as|measured as|observed as"
+    "|concluded as|number of|adds up to|equals|identify|recognize|total|thus|therefore|final"
+    "|answer|result|have|has|are|is|so) ")
 
 
 def _videommmu(q, text):

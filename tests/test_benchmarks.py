@@ -318,7 +318,7 @@ def test_the_repository_s_own_copies_and_the_mirrors_are_read(world, tmp_path):
     ([{"id": 1, "dataset": "d", "scene_name": "s", "question_type": "t", "question": "?", "ground_truth": "Z",
        "options": ["A. x", "B. y"]}], "sample 1: .*names none of the 2 options"),
     ([{"id": 1, "dataset": "d", "scene_name": "s", "question_type": "t", "question": "?", "ground_truth": "b", "options": ["A. x", "B. y"]}],
-     "sample 1: the answer 'b' is no letter of 2 options"),
+     "sample 1: the answer 'b' is none of 2 letters"),
     ([{"id": 1, "dataset": "d", "scene_name": "s", "question_type": "t", "question": "?", "ground_truth": "2", "options": None}] * 2,
      "2 questions have the id 1")))
 def test_rows_that_are_not_the_benchmark_s_are_one_sentence(world, tmp_path, rows, sentence):
