@@ -177,6 +177,8 @@ def check(config):
                          "ffr_visd, --train_on chosen")
     if not all(0 <= share <= 1 for share in (config.replay_share, config.sd_lambda, config.sd_ema)):
         raise ValueError("--replay_share, --sd_lambda and --sd_ema are shares between 0 and 1")
+    if min(config.dynamic_sampling, config.sd_horizon, config.sd_topk) < 0:
+        raise ValueError("--dynamic_sampling, --sd_horizon and --sd_topk must not be negative")
     if not set(config.teacher_prompt.split(",")) <= {"analysis", "negative", "tools", ""}:
         raise ValueError("--teacher_prompt is a list of analysis, negative and tools")
 
