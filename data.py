@@ -644,6 +644,11 @@ class Prompts:
         clips = [_still(resize(image[None], MAX_IMAGE_PIXELS, self.factor)) for image in images]
         return self._seen(self.clean(text) + self.image_text * len(clips), "image", clips)
 
+    def suffix(self, text, images=()):
+        """A text and images, then the header: what stands between question and completion."""
+        segment = self.patch(text, images)
+        return replace(segment, ids=torch.cat([segment.ids, self.header.ids]))
+
     def completion(self, text):
         """The ids of a text and EOS."""
         eos = torch.tensor([self.tokenizer.eos_token_id])

@@ -299,12 +299,11 @@ class Asked:
                 first = group.slots[0].first
                 write(q, first.text, tokens=len(first.ids_C), finished=first.finished)
 
-    def repair(self, questions, answers, write):
-        """Answer each again with the teacher's patch to its answer; an upper bound."""
+    def repair(self, guide, questions, answers, write):
+        """Answer each again with the teacher's (guide's) patch to its answer; an upper bound."""
         import ffr
         import teacher
         config, key = self.config, f"{self.config.seed}/evaluate"
-        guide = make_teacher(config)
         for part in decoded(self.loader, questions, config.batch, lambda q, error: None):
             asked = [guide.submit(sample, answers[q.id]["text"]) for q, sample in part]
             groups = [ffr.Group(sample, self.prompts.prefix(sample),
@@ -318,15 +317,12 @@ class Asked:
                 slot = group.slots[0]
                 text = slot.repair.text if slot.repair else answers[q.id]["text"]
                 write(q, text, status=slot.diagnosis.result().status)
-        guide.close()
 
     def write_patch(self, sample, patch):
         """A patch as the segment between question and completion."""
         import teacher
-        import torch
         images = teacher.patch_images(patch, sample.clip.frames, self.config.evidence)
-        segment = self.prompts.patch(teacher.render(patch, self.config.evidence), images)
-        return replace(segment, ids=torch.cat([segment.ids, self.prompts.header.ids]))
+        return self.prompts.suffix(teacher.render(patch, self.config.evidence), images)
 
 
 def unscored(sample, text):
@@ -503,19 +499,20 @@ def answer(config, questions):
         with closing(asked.loader), asked.student.gathered():
             asked.answer(todo, write)
             if config.with_patches:
-                patch(config, asked, mine)
+                with closing(make_teacher(config)) as guide:
+                    patch(config, asked, guide, mine)
     write.close()
     meet()
 
 
-def patch(config, asked, mine):
+def patch(config, asked, guide, mine):
     """Answer this process's failed questions again; its figures never meet the plain ones."""
     folder = Path(config.output)
     answers, known = merged(folder, "answers"), merged(folder, "patched")
     failed = [q for q in mine if q.id not in known and not answers[q.id].get("error")
               and passed(config.benchmark, q, answers[q.id]["text"]) is False]
     write = Lines(config, "patched", failed, {})
-    asked.repair(failed, answers, write)
+    asked.repair(guide, failed, answers, write)
     write.close()
 
 

@@ -522,7 +522,8 @@ class Rlsd(Method):
 
         `among`: log-probs renormalised over the teacher's --sd_topk likeliest tokens and y_t.
         """
-        informed = [run.suffix(self.hint(group.sample, slot)) for group, slot in batch.members]
+        hints = [self.hint(group.sample, slot) for group, slot in batch.members]
+        informed = [run.prompts.suffix(hint) for hint in hints]
         rest = batch.owners, batch.completions
         support = self.config.sd_topk or None if self.among else None
         with torch.no_grad():

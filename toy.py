@@ -248,7 +248,7 @@ def new_model(tokenizer):
 
 
 def corpus():
-    """What the tokenizer is trained on: the same texts for every world, since weights go with it."""
+    """What the tokenizer is trained on: the same for every world, since weights go with it."""
     rng, texts = random.Random("corpus"), []
     for _ in range(400):
         clip = new_clip(rng)

@@ -434,12 +434,7 @@ class Run:
     def write(self, sample, patch):
         """A patch as the segment between question and completion."""
         images = teacher.patch_images(patch, sample.clip.frames, self.config.evidence)
-        return self.suffix(teacher.render(patch, self.config.evidence), images)
-
-    def suffix(self, text, images=()):
-        """A text and images, then the header, as the segment between question and completion."""
-        segment = self.prompts.patch(text, images)
-        return replace(segment, ids=torch.cat([segment.ids, self.prompts.header.ids]))
+        return self.prompts.suffix(teacher.render(patch, self.config.evidence), images)
 
 
 def make_teacher(config):
