@@ -71,6 +71,7 @@ class Config:
                           ("auto", "flash", "sdpa"))
     dtype: str = flag("auto", "compute type; auto: bfloat16 on CUDA, float32 elsewhere",
                       ("auto", "bfloat16", "float32"))
+    cuda_graphs: bool = flag(False, "answer with CUDA graphs (not yet tried on a GPU)")
     decode_workers: int = flag(2, "video decoding processes per rank")
     decode_seconds: float = flag(60.0, "time limit for decoding one file")
     frame_cache: str = flag("", "folder of decoded frames; empty: none are kept")
@@ -274,7 +275,8 @@ class Asked:
         import ffr
         from model import Student
         self.config = config
-        self.student = Student.load(config.model, device, dtype, config.attention, trainable=False)
+        self.student = Student.load(config.model, device, dtype, config.attention, trainable=False,
+                                    cuda_graphs=config.cuda_graphs)
         template = Path(config.template).read_text() if config.template else None
         self.prompts = data.Prompts(self.student.processor, template)
         self.student.text = self.prompts.text

@@ -40,6 +40,7 @@ except ImportError:  # flash-attn needs CUDA to build; torch's own fused attenti
 LOGITS_AT_ONCE = 2**21  # elements of fp32 logits held at a time, but no fewer rows than these:
 ROWS_OF_LOGITS = 256  # 150 MiB for Qwen's vocabulary
 ROWS_AT_ONCE = 8  # rows that the packed weights of a CPU are laid out for; others work as well
+RECORDED_SLOTS = 256  # a recorded decode step attends to so many of a row's own slots, or a multiple
 
 
 # ---------------------------------------------------------------------------------------------
@@ -290,6 +291,7 @@ class Student(nn.Module):
     def __init__(self, model, processor, trainable=True, freeze_vision=False):
         super().__init__()
         self.model, self.processor, self.trainable = model, processor, trainable
+        self.record = None  # see DecodeRows
         self.requires_grad_(trainable)
         self.freeze_vision = freeze_vision or not trainable
         model.model.visual.requires_grad_(not self.freeze_vision)
@@ -305,14 +307,16 @@ class Student(nn.Module):
 
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32, attention="auto", trainable=True,
-             freeze_vision=False, recompute=False, master=False):
+             freeze_vision=False, recompute=False, master=False, cuda_graphs=False):
         """Load a checkpoint folder or hub name; weights in fp32 where they are trained, or with
         `master` (an average over steps too small for bfloat16), else in `dtype`.
 
         attention: auto | flash | sdpa. recompute: activation checkpointing of every block in
-        training.
+        training. cuda_graphs: of decode steps.
         """
         on_cuda = torch.device(device).type == "cuda"
+        if cuda_graphs and not on_cuda:
+            raise ValueError("--cuda_graphs needs a CUDA device")
         if attention == "flash" and not (on_cuda and flash_attn_varlen_func):
             raise ValueError("--attention flash needs a CUDA device and the flash-attn package")
         flash = on_cuda and dtype != torch.float32 and attention != "sdpa"
@@ -324,6 +328,7 @@ class Student(nn.Module):
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train(trainable)
         student = cls(model, AutoProcessor.from_pretrained(path), trainable, freeze_vision)
+        student.record = cuda_graph if cuda_graphs else None
         weights = torch.float32 if trainable or master else dtype
         if dist.is_initialized():
             return shard(student, torch.device(device), weights, dtype)
@@ -474,7 +479,7 @@ class Student(nn.Module):
         hidden_TD = self.hidden(ids_T, positions_3T, self.features(suffixes), tree)
         last = torch.tensor(tree.suffix_lengths, device=device).cumsum(0) - 1
         hidden_ND = hidden_TD[last]
-        rows = DecodeRows(self.model, cache, tree, ends, max_completion)
+        rows = DecodeRows(self.model, cache, tree, ends, max_completion, self.record)
         eos = torch.tensor(sorted(self.eos_ids), device=device)
         uniforms_NC = uniforms.to(device)
         live_N = torch.arange(N, device=device)
@@ -491,13 +496,14 @@ class Student(nn.Module):
             if (t + 1) % check_every == 0 or t + 1 == max_completion:
                 over = ended_N if t + 1 < max_completion else torch.ones_like(ended_N)
                 for n in live_N[over].tolist():
-                    completions[n] = self._completion(ids_NC[n, :t + 1], logp_NC[n, :t + 1])
-                    if done is not None:
-                        done(n, completions[n])
-                if over.all():
+                    if completions[n] is None:
+                        completions[n] = self._completion(ids_NC[n, :t + 1], logp_NC[n, :t + 1])
+                        if done is not None:
+                            done(n, completions[n])
+                keep = (~over).nonzero()[:, 0]
+                if not len(keep):
                     break
-                if over.any():
-                    keep = (~over).nonzero()[:, 0]
+                if len(keep) <= (len(live_N) // 2 if self.record else len(live_N) - 1):
                     rows.keep(keep)
                     live_N, ended_N, token_n = live_N[keep], ended_N[keep], token_n[keep]
             hidden_ND = rows.step(token_n, t)
@@ -660,11 +666,17 @@ class DecodeRows:
     rows meet them in one product. A row's own slots are [suffix, padded | completion], so that a
     step writes one slice; one softmax runs over prefix and own slots.
 
+    `record` (cuda_graph) makes a step's kernels, on slots whose number then is fixed for many
+    steps, into a function that repeats them; without it a step sees just the slots in use.
+
     Dimensions: R rows of the prompt that has most, g query heads of one key head.
     """
 
-    def __init__(self, model, cache, tree, ends, max_completion):
+    def __init__(self, model, cache, tree, ends, max_completion, record=None):
         text, lengths, device = model.model.language_model, tree.suffix_lengths, tree.device
+        self.record, self.recorded = record, 0
+        self.slots_S = torch.arange(max(lengths) + max_completion, device=device)
+        self.at_1 = self.slots_S[:1].clone()
         self.embed, self.norm, self.base = text.embed_tokens, text.norm, max(lengths)
         self.layers = [_modules(layer, cache.linear) for layer in text.layers]
         self.prefixes = list(zip(cache.keys, cache.values))
@@ -675,9 +687,8 @@ class DecodeRows:
         if len(set(cache.lengths)) > 1:
             slots_P = torch.arange(cache.keys[0].shape[2], device=device)
             self.prefix_bias = _bias(slots_P < _column(cache.lengths, device), dtype)
-        if len(set(lengths)) > 1:
-            slots_S = torch.arange(self.base + max_completion, device=device)
-            own = (slots_S < _column(lengths, device)) | (slots_S >= self.base)
+        if len(set(lengths)) > 1 or record:
+            own = (self.slots_S < _column(lengths, device)) | (self.slots_S >= self.base)
             self.own_bias = _bias(own, dtype)
         positions_NC = _column(ends, device) + torch.arange(max_completion, device=device)
         cos, sin = text.rotary_emb(cache.keys[0], positions_NC.expand(3, -1, -1))
@@ -687,6 +698,7 @@ class DecodeRows:
 
     def keep(self, rows):
         """Go on with these rows only."""
+        self.recorded = 0
         self.own = [(keys[rows], values[rows]) for keys, values in self.own]
         self.own_bias = None if self.own_bias is None else self.own_bias[rows]
         self.cos_NC1E, self.sin_NC1E = self.cos_NC1E[rows], self.sin_NC1E[rows]
@@ -718,7 +730,7 @@ class DecodeRows:
         x = x_BKrE.unflatten(2, (-1, g)).transpose(1, 2).flatten(0, 1)
         return x if self.back is None else x.index_select(0, self.back)
 
-    def _attend(self, q_NHE, layer, slots):
+    def _attend(self, q_NHE, layer, slots, own_bias):
         """softmax(q kᵀ / √E) v over [prefix, own slots] of every row: [N, H E]."""
         keys_BKPE, values_BKPE = self.prefixes[layer]
         keys_NKLE, values_NKLE = (x[:, :, :slots] for x in self.own[layer])
@@ -728,8 +740,8 @@ class DecodeRows:
         own_NKgL = q_NKgE @ keys_NKLE.transpose(-1, -2)
         if self.prefix_bias is not None:
             prefix_BKrP += self.prefix_bias
-        if self.own_bias is not None:
-            own_NKgL += self.own_bias[..., :slots]
+        if own_bias is not None:
+            own_NKgL += own_bias
         scores = torch.cat([prefix_BKrP, self._together(own_NKgL)], dim=-1)
         p = scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
         out_NKgE = self._apart(p[..., :P] @ values_BKPE, q_NKgE.shape[2])
@@ -738,8 +750,24 @@ class DecodeRows:
 
     def step(self, token_N, t):
         """Hidden states [N, D] after the t-th completion token of every row."""
-        x_ND, slot, E = self.embed(token_N), self.base + t, self.cos_NC1E.shape[-1]
-        cos_N1E, sin_N1E = self.cos_NC1E[:, t], self.sin_NC1E[:, t]
+        self.at_1.fill_(self.base + t)
+        if self.record is None:
+            return self._forward(token_N, self.base + t + 1)
+        if self.base + t >= self.recorded:
+            self.recorded = slots = (self.base + t) // RECORDED_SLOTS * RECORDED_SLOTS + RECORDED_SLOTS
+            self.token_N = token_N.clone()
+            self.repeat = self.record(lambda: self._forward(self.token_N, slots))
+        self.token_N.copy_(token_N)
+        return self.repeat()
+
+    def _forward(self, token_N, slots):
+        """Write the tokens' keys and values at slot `at_1` and attend to the first `slots`."""
+        x_ND, E = self.embed(token_N), self.cos_NC1E.shape[-1]
+        cos_N1E, sin_N1E = (x.index_select(1, self.at_1 - self.base)[:, 0]
+                            for x in (self.cos_NC1E, self.sin_NC1E))
+        bias = self.own_bias if self.own_bias is None else self.own_bias[..., :slots]
+        if self.record:  # slots that are still to be written
+            bias = bias.masked_fill(self.slots_S[:slots] > self.at_1, float("-inf"))
         for layer, (norm1, qkv, q_norm, k_norm, out, norm2, gate, up, act, down) in \
                 enumerate(self.layers):
             y_ND = norm1(x_ND)
@@ -747,13 +775,32 @@ class DecodeRows:
             if q_norm is not None:
                 q_NHE, k_NKE = q_norm(q_NHE), k_norm(k_NKE)
             keys, values = self.own[layer]
-            keys[:, :, slot] = _rotate(k_NKE, cos_N1E, sin_N1E)
-            values[:, :, slot] = v_NKE
+            keys.index_copy_(2, self.at_1, _rotate(k_NKE, cos_N1E, sin_N1E)[:, :, None])
+            values.index_copy_(2, self.at_1, v_NKE[:, :, None])
             q_NHE = _rotate(q_NHE, cos_N1E, sin_N1E)
-            x_ND = x_ND + out(self._attend(q_NHE, layer, slot + 1))
+            x_ND = x_ND + out(self._attend(q_NHE, layer, slots, bias))
             y_ND = norm2(x_ND)
             x_ND = x_ND + down(act(gate(y_ND)) * up(y_ND))
         return self.norm(x_ND)
+
+
+def cuda_graph(work):
+    """Record the kernels of work(), which takes and returns tensors by closure; a function that
+    repeats them and returns work's output, overwritten each time.
+    """
+    stream, now = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(now)
+    with torch.cuda.stream(stream):
+        work()  # libraries set themselves up at their first call, which no graph may hold
+    now.wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        out = work()
+
+    def repeat():
+        graph.replay()
+        return out
+    return repeat
 
 
 def _modules(layer, linear):

@@ -128,6 +128,7 @@ class Config:
                           ("auto", "flash", "sdpa"))
     dtype: str = flag("auto", "compute type; auto: bfloat16 on CUDA, float32 elsewhere",
                       ("auto", "bfloat16", "float32"))
+    cuda_graphs: bool = flag(False, "sample with CUDA graphs (not yet tried on a GPU)")
     decode_workers: int = flag(2, "video decoding processes per rank")
     decode_seconds: float = flag(60.0, "time limit for decoding one file")
     frame_cache: str = flag("", "folder of decoded frames (OUTPUT/frames)")
@@ -341,7 +342,7 @@ class Run:
             return Student.load(config.model, self.device, self.dtype, config.attention,
                                 recompute=self.device.type == "cuda", **options)
 
-        self.student = load(freeze_vision=config.freeze_vision)
+        self.student = load(freeze_vision=config.freeze_vision, cuda_graphs=config.cuda_graphs)
         compared = config.beta > 0 and self.method.compares
         self.reference = load(trainable=False) if compared else None
         self.method.start(load)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import model as model_module
 from model import Tree, grouped_attention, mrope, tree_attention_varlen
@@ -89,6 +90,37 @@ def test_logp_while_sampling_equals_logp_while_scoring(family):
     sampled = student.sample(cache, suffixes, owners, uniforms, 24, temperature=0.8, top_p=0.9)
     scored, _ = student(prefixes, suffixes, owners, [c.ids for c in sampled], temperature=0.8)
     assert (torch.cat([c.logp for c in sampled]) - scored).abs().max() < 1e-5
+
+
+def traced(calls):
+    """What a CUDA graph does, on the CPU: work's kernels are written down once and repeated on the same tensors."""
+    def record(work):
+        calls.append(make_fx(lambda: work())())
+        return calls[-1].forward
+    return record
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_recorded_decode_step_equals_the_growing_one(family, monkeypatch):
+    """Catches: a step whose kernels depend on the number of the token (a shape, a slice, a Python
+    number), so that repeating them is wrong; slots attended to before they are written; a recording
+    kept when rows were dropped or the slots ran out.
+    """
+    monkeypatch.setattr(model_module, "RECORDED_SLOTS", 16)
+    student, recordings, told = tiny_student(family), [], []
+    prefixes, suffixes, owners = forest(family)
+    uniforms = torch.rand(7, 40, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        student.model.lm_head.weight[EOS] *= 2
+    growing = student.sample(student.prefill(prefixes), suffixes, owners, uniforms, 40)
+    student.record = traced(recordings)
+    repeated = student.sample(student.prefill(prefixes), suffixes, owners, uniforms, 40,
+                              done=lambda n, completion: told.append(n))
+    assert sorted(told) == list(range(7))
+    for a, b in zip(growing, repeated):
+        assert a.ids.tolist() == b.ids.tolist() and (a.logp - b.logp).abs().max() < 1e-5
+    steps = max(len(c.ids) for c in growing)
+    assert len({len(c.ids) for c in growing}) > 2 and 3 <= len(recordings) < steps / 2
 
 
 def test_a_row_depends_on_its_own_numbers_only():
