@@ -23,6 +23,7 @@ tokens of a support.
 """
 
 import math
+import random
 from collections import defaultdict
 from dataclasses import replace
 from functools import partial
@@ -101,10 +102,17 @@ class Method:
     def __init__(self, config):
         self.config, self.copy = config, None
         self.surrogate = sequence if config.ratio == "sequence" else ffr.clip
-        self.tally = defaultdict(lambda: [0.0, 0])
+        self.tally = defaultdict(list)
 
-    def start(self, load):
-        """Load what the method needs besides policy and reference."""
+    def nothing(self, *_):
+        """The hooks that GRPO leaves empty:"""
+
+    start = nothing  # (load) load what the method needs besides policy and reference
+    beside = nothing  # (run, groups, key, phases) find out what else the rewards depend on
+    weigh = nothing  # (run, batches) change the micro-batches, equally many on all ranks
+    after = nothing  # (run, groups) learn from a step whose update has been made
+    state = nothing  # () what a checkpoint has to hold of this rank besides weights
+    resume = nothing  # (step, state) go on after `step` steps, from state()
 
     def fill(self, run, step, phases):
         """This rank's groups of a step, credited; no other rank is waited for.
@@ -120,7 +128,7 @@ class Method:
             self.roll(run, latest, key, phases)
             for turn in range(again):
                 with phases("load"):
-                    latest = fresh(run, groups, sum(map(flat, latest)), f"{key}/fresh/{turn}")
+                    latest = run.others(groups, sum(map(flat, latest)), f"{key}/fresh/{turn}")
                 self.roll(run, latest, f"{key}/fresh/{turn}", phases)
                 groups += latest
         for slot in (slot for group in groups if again and flat(group) for slot in group.slots):
@@ -151,34 +159,19 @@ class Method:
         for group in groups:
             self.credit(run, group)
 
-    def beside(self, run, groups, key, phases):
-        """Find out what else the rewards depend on."""
-
     def credit(self, run, group):
         """Rewards, advantages and whose tokens are trained."""
         config = self.config
         ffr.credit([group], config.kappa, config.alignment_weight, config.select, config.train_on,
                    not config.no_std, self.value)
 
-    def weigh(self, run, batches):
-        """Change the micro-batches before the step's first update; all ranks have equally many."""
-
-    def after(self, run, groups):
-        """Learn from a step whose update has been made."""
-
-    def state(self):
-        """What a checkpoint has to hold of this rank besides weights."""
-
-    def resume(self, step, state):
-        """Go on after `step` steps, from state()."""
-
-    def count(self, name, total, number=1):
+    def count(self, name, *values):
         """Add to one of the step's own figures, a mean over all ranks."""
-        self.tally[name] = [a + b for a, b in zip(self.tally[name], (total, number))]
+        self.tally[name] += values
 
     def figures(self):
         """The step's own figures, name -> [sum, count]; begins anew."""
-        figures = {name: self.tally[name] for name in self.names}
+        figures = {name: [sum(self.tally[name]), len(self.tally[name])] for name in self.names}
         self.tally.clear()
         return figures
 
@@ -186,14 +179,6 @@ class Method:
 def flat(group):
     """Whether all rewards are equal."""
     return all(slot.advantage == 0 for slot in group.slots)
-
-
-def fresh(run, groups, count, key):
-    """Groups of `count` other samples, drawn by `key`."""
-    seen = {group.sample.id for group in groups}
-    order = ffr.noise(key, 1, len(run.samples))[0].argsort().tolist()
-    others = [run.samples[i] for i in order if run.samples[i].id not in seen]
-    return run.groups(others[:count])
 
 
 class Ffr(Method):
@@ -324,18 +309,14 @@ class Replay(Luffy):
 
     def pick(self, count, without, key):
         """Ids of at most `count` questions: a bucket by its weight, a question by chance."""
-        half, buckets, picked = self.config.rollouts / 2, defaultdict(list), []
+        rng, half, buckets = random.Random(key), self.config.rollouts / 2, defaultdict(list)
         for name, question in self.buffer.items():
             if self.started and question["k"] and name not in without:
                 buckets[question["k"]].append(name)
-        for first, second in ffr.noise(key, count, 2).tolist():
-            weights = {k: math.exp(-(k - half)**2 / 2) for k in sorted(buckets) if buckets[k]}
-            left = first * sum(weights.values())
-            for k, weight in weights.items():
-                left -= weight
-                if left < 0:
-                    picked.append(buckets[k].pop(int(second * len(buckets[k]))))
-                    break
+        picked = []
+        while len(picked) < count and (filled := sorted(k for k in buckets if buckets[k])):
+            k, = rng.choices(filled, [math.exp(-(k - half)**2 / 2) for k in filled])
+            picked.append(buckets[k].pop(rng.randrange(len(buckets[k]))))
         return picked
 
     def roll(self, run, groups, key, phases):
@@ -515,7 +496,7 @@ class Rlsd(Method):
         batch.advantage_T = batch.advantage_T * W_T
         if batch.members:
             self.count("credit_weight", weight)
-            self.count("credit_change", (W_T - 1).abs().sum().item(), len(W_T))
+            self.count("credit_change", *(W_T - 1).abs().tolist())
 
     def gap(self, run, batch):
         """Δ [T]: the same prefixes and completions under [hint, header] and under [header].

@@ -384,6 +384,13 @@ class Run:
         """Empty groups of the samples that can be decoded."""
         return [ffr.Group(sample, self.prefix(sample)) for sample in self.decoded(samples)]
 
+    def others(self, groups, count, key):
+        """Groups of `count` samples that are in none of `groups`, drawn by `key`."""
+        seen = {group.sample.id for group in groups}
+        order = ffr.noise(key, 1, len(self.samples))[0].argsort().tolist()
+        fresh = [self.samples[i] for i in order if self.samples[i].id not in seen]
+        return self.groups(fresh[:count])
+
     def decoded(self, wanted):
         """The samples with their clips; the ones that cannot be decoded are recorded, left out."""
         loaded = []
