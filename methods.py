@@ -182,7 +182,12 @@ def flat(group):
 
 
 class Ffr(Method):
-    """Find, fix, reason; a repair is scored under (x, c) (Eq. 10), or --score_under plain, x."""
+    """Find, fix, reason; a repair is scored under (x, c) (Eq. 10).
+
+    With --score_under plain under x, by the policy that sampled it, and where its advantage is
+    positive only: what a repair did wrong is improbable under x as it is, and pushing the
+    improbable further down has no bound.
+    """
     asks = repairs = True
 
     def weight(self, step):
@@ -203,6 +208,7 @@ class Ffr(Method):
             if under_x:
                 batch.suffixes = headers
                 batch.old_logp_T = torch.where(repaired_T, plain_T, batch.old_logp_T)
+                batch.advantage_T.masked_fill_(repaired_T & (batch.advantage_T < 0), 0.0)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ except ImportError:  # flash-attn needs CUDA to build; torch's own fused attenti
 LOGITS_AT_ONCE = 2**21  # elements of fp32 logits held at a time, but no fewer rows than these:
 ROWS_OF_LOGITS = 256  # 150 MiB for Qwen's vocabulary
 ROWS_AT_ONCE = 8  # rows that the packed weights of a CPU are laid out for; others work as well
-RECORDED_SLOTS = 256  # a recorded decode step attends to so many of a row's own slots, or a multiple
+RECORDED_SLOTS = 256  # a recorded decode step attends to a multiple of so many of a row's own slots
 
 
 # ---------------------------------------------------------------------------------------------
@@ -754,7 +754,7 @@ class DecodeRows:
         if self.record is None:
             return self._forward(token_N, self.base + t + 1)
         if self.base + t >= self.recorded:
-            self.recorded = slots = (self.base + t) // RECORDED_SLOTS * RECORDED_SLOTS + RECORDED_SLOTS
+            self.recorded = slots = RECORDED_SLOTS * ((self.base + t) // RECORDED_SLOTS + 1)
             self.token_N = token_N.clone()
             self.repeat = self.record(lambda: self._forward(self.token_N, slots))
         self.token_N.copy_(token_N)
@@ -785,8 +785,8 @@ class DecodeRows:
 
 
 def cuda_graph(work):
-    """Record the kernels of work(), which takes and returns tensors by closure; a function that
-    repeats them and returns work's output, overwritten each time.
+    """A function that repeats the kernels of work() on the same tensors; each call overwrites the
+    output of the last.
     """
     stream, now = torch.cuda.Stream(), torch.cuda.current_stream()
     stream.wait_stream(now)

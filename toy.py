@@ -1,7 +1,7 @@
 """A small world that runs anywhere: video clips, questions with annotated evidence, a tiny student.
 
     python toy.py FOLDER [--seed 0 --train 480 --heldout 200 --warm 2000]
-    python toy.py study [--jobs N --seeds 0,1,2 --only NAME,... --output runs/study --report]
+    python toy.py study [--jobs N --seeds 0,1,2 --only NAME,... --guessed 0.97,0.8 --report]
 
 FOLDER/videos/*.mp4     H.264 clips of 8 s, in which 2 to 4 cards of different colours show up, one
                         after another, each for a second in one of four corners
@@ -14,8 +14,9 @@ FOLDER/warm.json        rows with a `process` for the warm start, of two kinds: 
 FOLDER/template.txt     the question's wording
 FOLDER/model/           a Qwen2.5-VL of under a million weights, with tokenizer and processor
 
-No clip is in two of the files. `study` trains on this world with every method and ablation, one
-train.py process each, and writes OUTPUT/study.md and two plots; finished runs are not repeated.
+No clip is in two of the files. `study` trains on this world with every method and ablation, from
+starts that guess more and less, one train.py process a run, and writes OUTPUT/study.md and plots;
+finished runs are not repeated.
 
 Dimensions: F frames of a clip; h, w pixels.
 """
@@ -24,6 +25,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -51,7 +53,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (40, 70, 230),
 CORNERS = {"top left": (0.0, 0.0, 0.5, 0.5), "top right": (0.5, 0.0, 1.0, 0.5),
            "bottom left": (0.0, 0.5, 0.5, 1.0), "bottom right": (0.5, 0.5, 1.0, 1.0)}
 ORDER = ("first", "second", "third", "fourth")
-GUESSED = 0.8  # share of guesses among the warm start's rows of a kind that is ever guessed
+GUESSED = 0.97  # share of guesses among the warm start's rows of a kind that is ever guessed
 WEIGHTS = Path(__file__).with_name("toy_student.safetensors")  # of a student that can look
 
 TEMPLATE = "{question} Think, then answer."
@@ -333,8 +335,7 @@ CONDITIONS = (  # name, flags of train.py, tables it is in
     ("grpo_no_std", "--method grpo --no_std", "loss"),
     ("grpo_dynamic", "--method grpo --dynamic_sampling 3", "loss"))
 PLOTTED = ("sft_teacher", "grpo", "luffy", "visd", "ffr", "ffr_plain", "ffr_visd")
-COLUMNS = ("", "flags", "seeds", "before, %", "after, %", "teacher calls", "interventions, %",
-           "repair rate, %", "zero advantages, %", "entropy")
+COLUMNS = "teacher calls", "interventions, %", "repair rate, %", "zero advantages, %", "entropy"
 
 
 def lines(path):
@@ -355,32 +356,39 @@ def finished(folder):
 
 
 def train(folder, flags):
-    """Run train.py into `folder`, or go on there; returns how it ended."""
+    """Run train.py into `folder`, in the world of its parent, or go on; returns how it ended."""
     folder.mkdir(parents=True, exist_ok=True)
     resume = ["--resume"] * (folder / "config.json").exists()
     with open(folder / "train.log", "a") as log:
-        code = subprocess.run([sys.executable, TRAIN, *flags, "--output", folder, *resume],
-                              check=False, stdout=log, stderr=subprocess.STDOUT,
+        code = subprocess.run([sys.executable, TRAIN, *flags, "--output", folder.name, *resume],
+                              check=False, stdout=log, stderr=subprocess.STDOUT, cwd=folder.parent,
                               env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
     said = (folder / "train.log").read_text(errors="replace").split("\n")
     last = next((line.split("\r")[-1] for line in reversed(said) if line.strip()), "no output")
     return f"exit code {code}: {last}"
 
 
-def run_all(output, seeds, only, jobs):
-    """Run what is not finished, `jobs` at a time; returns how many runs failed."""
-    wanted = {output / f"{name}-{seed}": [*flags.split(), "--seed", str(seed)]
-              for seed in seeds for name, flags, _ in CONDITIONS if name in only}
+def run_all(output, starts, seeds, only, jobs):
+    """Run what is not finished, `jobs` at a time; returns how many runs failed.
+
+    starts: shares of guesses; OUTPUT/SHARE is train.py's working folder, with a world of its own.
+    """
+    wanted = {output / start / f"{name}-{seed}": [*flags.split(), "--seed", seed]
+              for start in starts for seed in seeds for name, flags, _ in CONDITIONS
+              if name in only}
     wanted = {folder: flags for folder, flags in wanted.items() if not finished(folder)}
     if not wanted:
         return 0
     print(f"{len(wanted)} runs to do, {jobs} at a time")
-    start = output / "start"  # makes the world and the warm start, before runs would race for them
-    shutil.rmtree(start, ignore_errors=True)
-    said = train(start, "--method grpo --steps 1 --batch_prompts 1 --rollouts 2 --eval_data".split()
-                 + [""])
-    if not (start / "metrics.jsonl").exists():
-        sys.exit(f"toy.py: making the warm start failed, {said}")
+    for parent in dict.fromkeys(folder.parent for folder in wanted):
+        begun, world = parent / "start", parent / "runs" / "toy"  # before runs would race for it
+        shutil.rmtree(begun, ignore_errors=True)
+        if not (world / "heldout.json").exists():
+            make(world, guessed=float(parent.name))
+        said = train(begun, "--method grpo --steps 1 --batch_prompts 1 --rollouts 2".split()
+                     + ["--eval_data", ""])
+        if not (begun / "metrics.jsonl").exists():
+            sys.exit(f"toy.py: making the warm start failed, {said}")
     failed, begin, pool = 0, time.time(), ThreadPoolExecutor(jobs)
     running = {pool.submit(train, folder, [*flags, "--eval_every", str(EVAL_EVERY)]): folder
                for folder, flags in wanted.items()}
@@ -388,8 +396,9 @@ def run_all(output, seeds, only, jobs):
         for number, future in enumerate(as_completed(running), 1):
             folder, ended = running[future], finished(running[future])
             failed += not ended
-            print(f"{number} of {len(wanted)}, {time.time() - begin:.0f} s: {folder.name} "
-                  + ("ended" if ended else f"FAILED, {future.result()}"), flush=True)
+            print(f"{number} of {len(wanted)}, {time.time() - begin:.0f} s: {folder.parent.name}/"
+                  f"{folder.name} " + ("ended" if ended else f"FAILED, {future.result()}"),
+                  flush=True)
     except KeyboardInterrupt:
         pool.shutdown(cancel_futures=True)
         sys.exit("stopped; the same command goes on")
@@ -407,24 +416,31 @@ def shown(values, scale=100, digits=1):
     return " → ".join("–" if value is None else f"{scale * value:.{digits}f}" for value in values)
 
 
-def load(output, name):
-    """(config, eval rows, metrics rows) of each finished run of a condition."""
-    return [(settings(run), lines(run / "eval.jsonl"), lines(run / "metrics.jsonl"))
-            for run in sorted(output.glob(f"{name}-*")) if finished(run)]
+def load(folder):
+    """Condition -> (config, eval rows, metrics rows) of each of its finished runs."""
+    return {name: [(settings(run), lines(run / "eval.jsonl"), lines(run / "metrics.jsonl"))
+                   for run in sorted(folder.glob(f"{name}-*")) if finished(run)]
+            for name, *_ in CONDITIONS}
 
 
-def row(name, flags, runs):
-    """A condition's line of the table: means over its runs, for accuracy ± the sample deviation."""
+def accuracy(runs, at=-1):
+    """Held-out accuracy of runs in percent, at the end or another evaluation: mean ± deviation."""
+    shares = [100 * evals[at]["accuracy"] for _, evals, _ in runs]
+    spread = f" ± {statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
+    return f"{mean(shares):.1f}{spread}" if shares else ""
+
+
+def row(runs):
+    """COLUMNS of a condition, means over its runs."""
     def quarters(key):
         parts = [(rows[:n], rows[-n:]) for *_, rows in runs for n in [max(1, len(rows) // 4)]]
         return [mean(mean(r[key] for r in part) for part in side) for side in zip(*parts)]
 
-    before, after = ([100 * evals[i]["accuracy"] for _, evals, _ in runs] for i in (0, -1))
-    spread = f" ± {statistics.stdev(after):.1f}" if len(runs) > 1 else ""
+    if not runs:
+        return ("",) * len(COLUMNS)
     calls = mean(sum(r["teacher"].get("calls", 0) for r in rows) for *_, rows in runs)
     zero = mean(mean(r["advantage_zero_fraction"] for r in rows) for *_, rows in runs)
-    return (name, f"`{flags}`", str(len(runs)), f"{mean(before):.1f}", f"{mean(after):.1f}{spread}",
-            f"{calls:.0f}", shown(quarters("intervention_ratio")), shown(quarters("repair_rate")),
+    return (f"{calls:.0f}", shown(quarters("intervention_ratio")), shown(quarters("repair_rate")),
             shown([zero]), shown(quarters("entropy"), 1, 2))
 
 
@@ -490,36 +506,52 @@ def curve(tables, key, half=0):
 
 def report(output):
     """Write study.md and its plots from the files of the finished runs."""
-    runs_of = {name: load(output, name) for name, *_ in CONDITIONS}
-    one = next((runs[0] for runs in runs_of.values() if runs), None)
-    if one is None:
+    shares = sorted((path.name for path in output.glob("[01]*")), key=float, reverse=True)
+    starts = {share: load(output / share) for share in shares}
+    starts = {share: runs for share, runs in starts.items() if any(runs.values())}
+    if not starts:
         sys.exit(f"toy.py: no finished run in --output {output}")
-    config, evals, _ = one
-    parts = [f"Held-out accuracy on {evals[-1]['n']} questions, without patches, after "
-             f"{config['steps']} steps of {config['batch_prompts']} prompts, {config['rollouts']} "
-             "rollouts each: mean ± sample standard deviation over seeds. All else is a mean over "
-             "seeds; teacher calls are summed over training, arrows go from its first to its last "
-             "quarter, entropy is in nats per trained token. The annotated teacher is never shown "
-             "the gold answer, so that there is no \"with and without gold\" here."]
+    first = next(iter(starts.values()))
+    one, = next(runs[:1] for runs in first.values() if runs)
+    before = ", ".join(f"{accuracy([next(r for r in runs.values() if r)[0]], 0)} ({share})"
+                       for share, runs in starts.items())
+    parts = [f"Held-out accuracy on {one[1][-1]['n']} questions in percent, without patches, after "
+             f"{one[0]['steps']} steps of {one[0]['batch_prompts']} prompts, "
+             f"{one[0]['rollouts']} rollouts each: mean ± sample standard deviation over seeds, by "
+             f"the share of guesses in the warm start; before: {before}. All else is from the "
+             f"start of {next(iter(starts))}, a mean over seeds; teacher calls are summed over "
+             "training, arrows go from its first to its last quarter, entropy is in nats per "
+             "trained token. The annotated teacher is never shown the gold answer, so that there "
+             "is no \"with and without gold\" here."]
+    head = ("", "flags", "seeds", *(f"after, {share} guessed" for share in starts), *COLUMNS)
     for group, title in GROUPS.items():
-        rows = [row(name, flags, runs_of[name]) for name, flags, groups in CONDITIONS
-                if group in groups.split() and runs_of[name]]
+        rows = [(name, f"`{flags}`", "/".join(str(len(runs[name])) for runs in starts.values()),
+                 *(accuracy(runs[name]) for runs in starts.values()), *row(first[name]))
+                for name, flags, groups in CONDITIONS
+                if group in groups.split() and any(runs[name] for runs in starts.values())]
         if rows:
-            table = [COLUMNS, ("---",) * len(COLUMNS), *rows]
+            table = [head, ("---",) * len(head), *rows]
             parts.append(f"## {title}\n\n" + "\n".join(f"| {' | '.join(r)} |" for r in table))
-    parts += [f"**Not comparable:** {sentence}." for sentence in unlike(runs_of)]
-    if missing := [name for name, runs in runs_of.items() if not runs]:
+    parts += [f"**Not comparable** at {share}: {sentence}."
+              for share, runs in starts.items() for sentence in unlike(runs)]
+    missing = [f"{share}/{name}" for share, runs in starts.items() for name in runs
+               if not runs[name]]
+    if missing:
         parts.append(f"Without a finished run: {', '.join(missing)}.")
-    learned = {name: curve([evals for _, evals, _ in runs_of[name]], "accuracy")
-               for name in PLOTTED if runs_of[name]}
-    helped = {label: curve([rows for *_, rows in runs_of["ffr"]], key, half=3) for label, key in (
-        ("interventions", "intervention_ratio"), ("repair rate", "repair_rate")) if runs_of["ffr"]}
-    for name, title, label, curves in (
-            ("accuracy", "Held-out, without patches", "accuracy, %", learned),
-            ("repair", "FFR: need for help, what it brings (7 steps' mean)", "share, %", helped)):
+
+    def draw(name, title, label, curves):
         if any(curves.values()):
             plot(output / f"{name}.svg", title, "training step", label, curves)
             parts.append(f"![{title}]({name}.svg)")
+
+    for share, runs in starts.items():
+        draw(f"accuracy-{share}", f"Held-out, without patches, from {100 * float(share):.0f} % "
+             "guesses", "accuracy, %", {name: curve([evals for _, evals, _ in runs[name]],
+                                                    "accuracy") for name in PLOTTED if runs[name]})
+    draw("repair", "FFR: need for help, what it brings (7 steps' mean)", "share, %", {
+        label: curve([rows for *_, rows in first["ffr"]], key, half=3) for label, key in (
+            ("interventions", "intervention_ratio"), ("repair rate", "repair_rate"))
+        if first["ffr"]})
     (output / "study.md").write_text("# What the toy world says\n\n" + "\n\n".join(parts) + "\n")
     print(output / "study.md")
 
@@ -530,16 +562,19 @@ def study_main(argv):
     parser = argparse.ArgumentParser(prog="toy.py study", description=run_all.__doc__)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (cores)")
     parser.add_argument("--seeds", default="0,1,2", help="of data order and rollouts")
+    parser.add_argument("--guessed", default="0.97,0.8", help="starts: shares of guesses")
     parser.add_argument("--only", default=",".join(names), help=f"of {', '.join(names)}")
     parser.add_argument("--output", type=Path, default=Path("runs/study"), help="of all runs")
     parser.add_argument("--report", action="store_true", help="no runs, table and plots only")
     args = parser.parse_args(argv)
-    seeds, only = args.seeds.split(","), args.only.split(",")
+    seeds, only, starts = (text.split(",") for text in (args.seeds, args.only, args.guessed))
     if unknown := set(only) - set(names):
         parser.error(f"--only: no condition is called {', '.join(sorted(unknown))}")
     if not all(seed.isdigit() for seed in seeds) or args.jobs < 1:
         parser.error("--seeds takes numbers like 0,1,2 and --jobs one above 0")
-    failed = 0 if args.report else run_all(args.output, seeds, only, args.jobs)
+    if not all(re.fullmatch(r"0?\.\d+|0|1", start) for start in starts):
+        parser.error("--guessed takes shares between 0 and 1 like 0.97,0.8")
+    failed = 0 if args.report else run_all(args.output, starts, seeds, only, args.jobs)
     report(args.output)
     if failed:
         sys.exit(f"toy.py: {failed} runs failed; the same command tries them again")

@@ -608,16 +608,19 @@ def test_ffr_visd_weighs_repairs_by_what_the_patch_changed(repaired):
 
 def test_score_under_plain_teaches_repairs_without_their_patch(repaired):
     """Catches: π_old left under (x, c), so that the ratio is not 1 before the first update; the patch
-    left in the suffix; first tries touched.
+    left in the suffix; first tries touched; failed repairs pushed down without bound.
     """
     run, groups = repaired
     batch, = batches_of(run, groups)
-    old = batch.old_logp_T.clone()
+    batch.advantage_T = torch.linspace(-1, 1, len(batch.advantage_T))
+    old, given = batch.old_logp_T.clone(), batch.advantage_T.clone()
     methods.Ffr(replace(run.config, score_under="plain")).weigh(run, [batch])
     assert all(torch.equal(suffix.ids, run.prompts.header.ids) for suffix in batch.suffixes)
     assert (under(run, batch, batch.suffixes) - batch.old_logp_T).abs().max() < 1e-5
     assert torch.equal(batch.old_logp_T[~is_repair(batch)], old[~is_repair(batch)])
     assert (batch.old_logp_T - old)[is_repair(batch)].abs().max() > 0.1
+    assert torch.equal(batch.advantage_T, torch.where(is_repair(batch), given.clamp(min=0), given))
+    assert (given[is_repair(batch)] < 0).any() and (given[~is_repair(batch)] < 0).any()
 
 
 def test_score_under_plain_in_the_loop(world, tmp_path):

@@ -105,7 +105,7 @@ def write(name, *rows):
     (folder / name).write_text("".join(json.dumps(row) + "\\n" for row in rows))
 
 flags = sys.argv[1:]
-folder = pathlib.Path(flags[flags.index("--output") + 1])
+folder = pathlib.Path.cwd() / (flags[flags.index("--output") + 1])
 with open(folder.parent / "calls", "a") as calls:
     calls.write(" ".join([folder.name] + ["--resume"] * ("--resume" in flags)) + "\\n")
 if "3e-5" in flags:
@@ -122,16 +122,17 @@ def stub(tmp_path, monkeypatch):
     """A command in train.py's place, which notes that it was called; learning rate 3e-5 fails."""
     (tmp_path / "stub.py").write_text(STUB)
     monkeypatch.setattr(toy, "TRAIN", tmp_path / "stub.py")
+    monkeypatch.setattr(toy, "make", lambda folder, guessed: (tmp_path / f"made-{guessed}").touch())
     return tmp_path / "study"
 
 
 def study(output, *more):
-    toy.main(["study", "--seeds", "0,1", "--jobs", "1", "--output", str(output), *more])
+    toy.main(["study", "--seeds", "0,1", "--jobs", "1", "--guessed", "0.9", "--output", str(output), *more])
 
 
 def calls(output):
-    called = (output / "calls").read_text().splitlines()
-    (output / "calls").unlink()
+    called = (output / "0.9" / "calls").read_text().splitlines()
+    (output / "0.9" / "calls").unlink()
     return called
 
 
@@ -139,23 +140,24 @@ def test_finished_runs_are_not_started_again(stub):
     """Catches: a second call that trains everything anew; a broken-off run from its start."""
     study(stub, "--only", "grpo,ffr")
     assert calls(stub) == ["start", "grpo-0", "ffr-0", "grpo-1", "ffr-1"]
-    (stub / "ffr-1" / "eval.jsonl").write_text('{"step": 0, "accuracy": 0.5}\n{"step": 4, "ac')
+    assert (stub.parent / "made-0.9").exists()
+    (stub / "0.9" / "ffr-1" / "eval.jsonl").write_text('{"step": 0, "accuracy": 0.5}\n{"step": 4, "ac')
     study(stub, "--only", "grpo,ffr")
     assert calls(stub) == ["start", "ffr-1 --resume"]
     study(stub, "--only", "grpo,ffr")
     study(stub, "--report")
-    assert not (stub / "calls").exists()
+    assert not (stub / "0.9" / "calls").exists()
 
 
 def test_a_failing_run_is_named_and_the_others_go_on(stub, capsys):
     """Catches: one crash that ends the study, or that nobody hears of; a misspelt --only."""
     with pytest.raises(SystemExit, match="2 runs failed"):
         study(stub, "--only", "grpo_lr_3e-5,grpo")
-    assert "grpo_lr_3e-5-0 FAILED, exit code 1: no space left\n" in capsys.readouterr().out
+    assert "0.9/grpo_lr_3e-5-0 FAILED, exit code 1: no space left\n" in capsys.readouterr().out
     assert calls(stub) == ["start", "grpo_lr_3e-5-0", "grpo-0", "grpo_lr_3e-5-1", "grpo-1"]
     table = (stub / "study.md").read_text()
-    assert "| grpo | `--method grpo` | 2 |" in table
-    assert "Without a finished run: grpo_lr_3e-5," in table
+    assert "| grpo | `--method grpo` | 2 | 50.0 ± 0.0 |" in table
+    assert "Without a finished run: 0.9/grpo_lr_3e-5, 0.9/" in table
     with pytest.raises(SystemExit):
         study(stub, "--only", "gpro")
     assert "no condition is called gpro" in capsys.readouterr().err
@@ -176,7 +178,7 @@ def write_run(output, name, after, metrics, **settings):
 
 
 def test_the_table_says_what_the_files_say(tmp_path):
-    """Catches: the deviation of a population (1.6 for 2.0), halves for quarters, the mean of calls
+    """Catches: the deviation of a population (1.6 for 2.0), one start's runs in the other's column, halves for quarters, the mean of calls
     in place of their sum, null counted as zero, unlike runs that are compared without a word.
 
     Accuracies 70, 72, 74: mean 72, deviation sqrt((4 + 0 + 4) / 2) = 2. Interventions of the first
@@ -187,20 +189,25 @@ def test_the_table_says_what_the_files_say(tmp_path):
     for seed, after in enumerate((0.70, 0.72, 0.74)):
         metrics = [(0.5, 0.6, 0.2, 2.0), (0.3, None, 0.2, 1.0), *[(0.9, 0.9, 0.0, 9.0)] * 4,
                    (0.2, 0.5, 0.0, 0.5), (0.1, 0.4, 0.0, 0.2)]
-        write_run(tmp_path, f"ffr-{seed}", after, [(*values, 4 + seed) for values in metrics])
+        write_run(tmp_path / "0.97", f"ffr-{seed}", after, [(*values, 4 + seed) for values in metrics])
     alone = [(None, None, 0.5, 1.0, {})] * 8
-    write_run(tmp_path, "kappa_0-0", 0.6, alone, kappa=0.0)
+    write_run(tmp_path / "0.97", "kappa_0-0", 0.6, alone, kappa=0.0)
+    for name, after in (("ffr-0", 0.61), ("ffr-1", 0.63), ("sft-0", 0.8)):
+        write_run(tmp_path / "0.8", name, after, alone)
     study(tmp_path, "--report")
     table = (tmp_path / "study.md").read_text()
-    line = ("| ffr | `--method ffr` | 3 | 50.0 | 72.0 ± 2.0 | 40 | 40.0 → 15.0 | 60.0 → 45.0 | 5.0 "
+    assert "| seeds | after, 0.97 guessed | after, 0.8 guessed | teacher calls |" in table
+    line = ("| ffr | `--method ffr` | 3/2 | 72.0 ± 2.0 | 62.0 ± 1.4 | 40 | 40.0 → 15.0 | 60.0 → 45.0 | 5.0 "
             "| 1.50 → 0.35 |")
     assert table.count(line) == 4 and "Not comparable" not in table
-    assert ("| kappa_0 | `--kappa 0` | 1 | 50.0 | 60.0 | 0 | – → – | – → – | 50.0 | 1.00 → 1.00 |"
+    assert "before: 50.0 (0.97), 50.0 (0.8)" in table
+    assert ("| kappa_0 | `--kappa 0` | 1/0 | 60.0 |  | 0 | – → – | – → – | 50.0 | 1.00 → 1.00 |"
             in table)
+    assert "| sft | `--method sft` | 0/1 |  | 80.0 |  |  |  |  |  |" in table
     assert "## Evidence shown" in table and "## Loss variants" not in table
-    write_run(tmp_path, "grpo-0", 0.6, alone, lr=4e-4)
+    write_run(tmp_path / "0.97", "grpo-0", 0.6, alone, lr=4e-4)
     study(tmp_path, "--report")
-    assert ("**Not comparable:** lr is 0.0004 in grpo-0 only."
+    assert ("**Not comparable** at 0.97: lr is 0.0004 in grpo-0 only."
             in (tmp_path / "study.md").read_text())
 
 
@@ -214,10 +221,10 @@ def test_the_plots_show_the_means(tmp_path):
     assert toy.curve([rows], "x", half=1) == [(0, pytest.approx(10)), (1, pytest.approx(20)),
                                               (2, pytest.approx(55)), (3, pytest.approx(55))]
     for seed, after in enumerate((0.70, 0.80)):
-        write_run(tmp_path, f"ffr-{seed}", after, [(0.4, 0.6, 0.0, 1.0, 1)] * 8)
+        write_run(tmp_path / "0.8", f"ffr-{seed}", after, [(0.4, 0.6, 0.0, 1.0, 1)] * 8)
     study(tmp_path, "--report")
     drawing, helped = (ElementTree.parse(tmp_path / f"{name}.svg").getroot()
-                       for name in ("accuracy", "repair"))
+                       for name in ("accuracy-0.8", "repair"))
     line, = drawing.findall("{*}polyline")
     start, end = (tuple(map(float, point.split(","))) for point in line.get("points").split())
     at = {text.text: (float(text.get("x")), float(text.get("y")))
