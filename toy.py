@@ -1,7 +1,7 @@
 """A small world that runs anywhere: video clips, questions with annotated evidence, a tiny student.
 
     python toy.py FOLDER [--seed 0 --train 480 --heldout 200 --warm 2000]
-    python toy.py study [--jobs N --seeds 0,1,2 --only NAME,... --guessed 0.97,0.8 --report]
+    python toy.py study [--jobs N --seeds 0,1,2 --only NAME,... --guessed 0.99,0.8 --report]
 
 FOLDER/videos/*.mp4     H.264 clips of 8 s, in which 2 to 4 cards of different colours show up, one
                         after another, each for a second in one of four corners
@@ -25,7 +25,6 @@ import argparse
 import json
 import os
 import random
-import re
 import shutil
 import statistics
 import subprocess
@@ -53,7 +52,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (40, 70, 230),
 CORNERS = {"top left": (0.0, 0.0, 0.5, 0.5), "top right": (0.5, 0.0, 1.0, 0.5),
            "bottom left": (0.0, 0.5, 0.5, 1.0), "bottom right": (0.5, 0.5, 1.0, 1.0)}
 ORDER = ("first", "second", "third", "fourth")
-GUESSED = 0.97  # share of guesses among the warm start's rows of a kind that is ever guessed
+GUESSED = 0.99  # share of guesses among the warm start's rows of a kind that is ever guessed
 WEIGHTS = Path(__file__).with_name("toy_student.safetensors")  # of a student that can look
 
 TEMPLATE = "{question} Think, then answer."
@@ -301,20 +300,23 @@ def make(folder, seed=0, train=480, heldout=200, warm=2000, guessed=GUESSED, pre
 
 
 # --- the study ------------------------------------------------------------------------------------
-# Runs differ in what a condition's flags name and in the seed: data order and rollouts. `ffr` is
-# κ 0.3, evidence text, slot by slot, chosen tokens under their patch, in every table of those.
+# A start's runs differ in what a condition's flags name and in the seed: data order and rollouts.
+# `ffr` is κ 0.3, evidence text, slot by slot, chosen tokens under their patch, in every table.
 
 TRAIN = Path(__file__).with_name("train.py")
 EVAL_EVERY = 15
-GROUPS = {"methods": "Methods", "rate": "GRPO's learning rate, which all methods then take",
-          "kappa": "Patch tax κ", "evidence": "Evidence shown", "tokens": "Tokens trained",
-          "loss": "Loss variants of GRPO"}
+GROUPS = {"methods": "Methods", "rate": "Learning rate", "kappa": "Patch tax κ",
+          "evidence": "Evidence shown", "tokens": "Tokens trained", "loss": "Loss variants of GRPO"}
+STARTS = {"0.99": "4e-4", "0.8": "1e-4"}  # share of guesses: GRPO's best learning rate of five
 CONDITIONS = (  # name, flags of train.py, tables it is in
-    *((f"grpo_lr_{lr}", f"--method grpo --lr {lr}", "rate")
-      for lr in ("3e-5", "1e-4", "2e-4", "4e-4")),
+    *((f"{method}_lr_{lr}", f"--method {method} --lr {lr}", "rate")
+      for method in ("grpo", "ffr") for lr in ("3e-5", "1e-4", "2e-4", "4e-4", "8e-4")),
+    ("grpo", "--method grpo", "methods loss"),
+    ("ffr", "--method ffr", "methods kappa evidence tokens"),
+    ("ffr_plain", "--method ffr --score_under plain", "methods tokens"),
+    ("ffr_visd", "--method ffr_visd", "methods"),
     ("sft", "--method sft", "methods"),
     ("sft_teacher", "--method sft_teacher", "methods"),
-    ("grpo", "--method grpo", "methods loss"),
     # the length bonus' band is the same share of the longest completion as in Video-R1
     ("tgrpo", "--method tgrpo --length_low 15 --length_high 24", "methods"),
     ("luffy", "--method luffy", "methods"),
@@ -323,9 +325,6 @@ CONDITIONS = (  # name, flags of train.py, tables it is in
     ("judge", "--method judge", "methods"),
     ("rlsd", "--method rlsd", "methods"),
     ("visd", "--method visd", "methods"),
-    ("ffr", "--method ffr", "methods kappa evidence tokens"),
-    ("ffr_plain", "--method ffr --score_under plain", "methods tokens"),
-    ("ffr_visd", "--method ffr_visd", "methods"),
     *((f"kappa_{kappa}", f"--kappa {kappa}", "kappa")
       for kappa in ("0", "0.1", "0.5", "0.7", "1.0")),
     ("evidence_none", "--evidence none", "evidence"),
@@ -371,9 +370,10 @@ def train(folder, flags):
 def run_all(output, starts, seeds, only, jobs):
     """Run what is not finished, `jobs` at a time; returns how many runs failed.
 
-    starts: shares of guesses; OUTPUT/SHARE is train.py's working folder, with a world of its own.
+    starts: of STARTS; OUTPUT/SHARE is train.py's working folder, with a world of its own.
     """
-    wanted = {output / start / f"{name}-{seed}": [*flags.split(), "--seed", seed]
+    wanted = {output / start / f"{name}-{seed}":
+              ["--lr", STARTS[start], *flags.split(), "--seed", seed]
               for start in starts for seed in seeds for name, flags, _ in CONDITIONS
               if name in only}
     wanted = {folder: flags for folder, flags in wanted.items() if not finished(folder)}
@@ -506,8 +506,7 @@ def curve(tables, key, half=0):
 
 def report(output):
     """Write study.md and its plots from the files of the finished runs."""
-    shares = sorted((path.name for path in output.glob("[01]*")), key=float, reverse=True)
-    starts = {share: load(output / share) for share in shares}
+    starts = {share: load(output / share) for share in STARTS}
     starts = {share: runs for share, runs in starts.items() if any(runs.values())}
     if not starts:
         sys.exit(f"toy.py: no finished run in --output {output}")
@@ -523,10 +522,12 @@ def report(output):
              "training, arrows go from its first to its last quarter, entropy is in nats per "
              "trained token. The annotated teacher is never shown the gold answer, so that there "
              "is no \"with and without gold\" here."]
-    head = ("", "flags", "seeds", *(f"after, {share} guessed" for share in starts), *COLUMNS)
+    head = ("", "flags", "seeds", *(f"{share} guessed: step {step}" for share in starts
+                                    for step in (EVAL_EVERY, one[0]["steps"])), *COLUMNS)
     for group, title in GROUPS.items():
         rows = [(name, f"`{flags}`", "/".join(str(len(runs[name])) for runs in starts.values()),
-                 *(accuracy(runs[name]) for runs in starts.values()), *row(first[name]))
+                 *(accuracy(runs[name], at) for runs in starts.values() for at in (1, -1)),
+                 *row(first[name]))
                 for name, flags, groups in CONDITIONS
                 if group in groups.split() and any(runs[name] for runs in starts.values())]
         if rows:
@@ -562,7 +563,7 @@ def study_main(argv):
     parser = argparse.ArgumentParser(prog="toy.py study", description=run_all.__doc__)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (cores)")
     parser.add_argument("--seeds", default="0,1,2", help="of data order and rollouts")
-    parser.add_argument("--guessed", default="0.97,0.8", help="starts: shares of guesses")
+    parser.add_argument("--guessed", default=",".join(STARTS), help="starts: shares of guesses")
     parser.add_argument("--only", default=",".join(names), help=f"of {', '.join(names)}")
     parser.add_argument("--output", type=Path, default=Path("runs/study"), help="of all runs")
     parser.add_argument("--report", action="store_true", help="no runs, table and plots only")
@@ -572,8 +573,8 @@ def study_main(argv):
         parser.error(f"--only: no condition is called {', '.join(sorted(unknown))}")
     if not all(seed.isdigit() for seed in seeds) or args.jobs < 1:
         parser.error("--seeds takes numbers like 0,1,2 and --jobs one above 0")
-    if not all(re.fullmatch(r"0?\.\d+|0|1", start) for start in starts):
-        parser.error("--guessed takes shares between 0 and 1 like 0.97,0.8")
+    if not set(starts) <= set(STARTS):
+        parser.error(f"--guessed takes {', '.join(STARTS)}")
     failed = 0 if args.report else run_all(args.output, starts, seeds, only, args.jobs)
     report(args.output)
     if failed:

@@ -140,7 +140,7 @@ TOY_FOLDER = Path("runs/toy")
 TOY_SEEN = dict(max_completion=48, frames=16, max_pixels=56 * 56)
 TOY_WARM = dict(method="sft", steps=60, batch_prompts=24, lr=1e-3, warmup_steps=5,
                 max_grad_norm=1.0, save_every=10**6, **TOY_SEEN)
-TOY = dict(steps=60, batch_prompts=8, lr=1e-4, beta=0.0, save_every=20, **TOY_SEEN)
+TOY = dict(steps=60, batch_prompts=8, lr=4e-4, beta=0.0, save_every=20, **TOY_SEEN)
 EVAL_PROMPTS = 32  # prompts decoded together in an evaluation
 PREFIX_BYTES = 2**30  # pixels of processed prompts kept in memory
 

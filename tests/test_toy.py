@@ -127,12 +127,12 @@ def stub(tmp_path, monkeypatch):
 
 
 def study(output, *more):
-    toy.main(["study", "--seeds", "0,1", "--jobs", "1", "--guessed", "0.9", "--output", str(output), *more])
+    toy.main(["study", "--seeds", "0,1", "--jobs", "1", "--guessed", "0.99", "--output", str(output), *more])
 
 
 def calls(output):
-    called = (output / "0.9" / "calls").read_text().splitlines()
-    (output / "0.9" / "calls").unlink()
+    called = (output / "0.99" / "calls").read_text().splitlines()
+    (output / "0.99" / "calls").unlink()
     return called
 
 
@@ -140,24 +140,24 @@ def test_finished_runs_are_not_started_again(stub):
     """Catches: a second call that trains everything anew; a broken-off run from its start."""
     study(stub, "--only", "grpo,ffr")
     assert calls(stub) == ["start", "grpo-0", "ffr-0", "grpo-1", "ffr-1"]
-    assert (stub.parent / "made-0.9").exists()
-    (stub / "0.9" / "ffr-1" / "eval.jsonl").write_text('{"step": 0, "accuracy": 0.5}\n{"step": 4, "ac')
+    assert (stub.parent / "made-0.99").exists()
+    (stub / "0.99" / "ffr-1" / "eval.jsonl").write_text('{"step": 0, "accuracy": 0.5}\n{"step": 4, "ac')
     study(stub, "--only", "grpo,ffr")
     assert calls(stub) == ["start", "ffr-1 --resume"]
     study(stub, "--only", "grpo,ffr")
     study(stub, "--report")
-    assert not (stub / "0.9" / "calls").exists()
+    assert not (stub / "0.99" / "calls").exists()
 
 
 def test_a_failing_run_is_named_and_the_others_go_on(stub, capsys):
     """Catches: one crash that ends the study, or that nobody hears of; a misspelt --only."""
     with pytest.raises(SystemExit, match="2 runs failed"):
         study(stub, "--only", "grpo_lr_3e-5,grpo")
-    assert "0.9/grpo_lr_3e-5-0 FAILED, exit code 1: no space left\n" in capsys.readouterr().out
+    assert "0.99/grpo_lr_3e-5-0 FAILED, exit code 1: no space left\n" in capsys.readouterr().out
     assert calls(stub) == ["start", "grpo_lr_3e-5-0", "grpo-0", "grpo_lr_3e-5-1", "grpo-1"]
     table = (stub / "study.md").read_text()
     assert "| grpo | `--method grpo` | 2 | 50.0 ± 0.0 |" in table
-    assert "Without a finished run: 0.9/grpo_lr_3e-5, 0.9/" in table
+    assert "Without a finished run: 0.99/grpo_lr_3e-5, 0.99/" in table
     with pytest.raises(SystemExit):
         study(stub, "--only", "gpro")
     assert "no condition is called gpro" in capsys.readouterr().err
@@ -170,7 +170,7 @@ def write_run(output, name, after, metrics, **settings):
     keys = ("intervention_ratio", "repair_rate", "advantage_zero_fraction", "entropy")
     rows = [{"step": step, **dict(zip(keys, values)), "teacher": calls and {"calls": calls}}
             for step, (*values, calls) in enumerate(metrics)]
-    evals = [{"step": step, "n": 200, "accuracy": share} for step, share in ((0, 0.5), (8, after))]
+    evals = [{"step": step, "n": 200, "accuracy": share} for step, share in ((0, 0.5), (4, after - 0.1), (8, after))]
     config = {"steps": 8, "batch_prompts": 1, "rollouts": 2, "lr": 1e-4, "kappa": 0.3,
               "seed": int(name[-1]), **settings}
     for file, part in (("config.json", [config]), ("eval.jsonl", evals), ("metrics.jsonl", rows)):
@@ -189,25 +189,25 @@ def test_the_table_says_what_the_files_say(tmp_path):
     for seed, after in enumerate((0.70, 0.72, 0.74)):
         metrics = [(0.5, 0.6, 0.2, 2.0), (0.3, None, 0.2, 1.0), *[(0.9, 0.9, 0.0, 9.0)] * 4,
                    (0.2, 0.5, 0.0, 0.5), (0.1, 0.4, 0.0, 0.2)]
-        write_run(tmp_path / "0.97", f"ffr-{seed}", after, [(*values, 4 + seed) for values in metrics])
+        write_run(tmp_path / "0.99", f"ffr-{seed}", after, [(*values, 4 + seed) for values in metrics])
     alone = [(None, None, 0.5, 1.0, {})] * 8
-    write_run(tmp_path / "0.97", "kappa_0-0", 0.6, alone, kappa=0.0)
+    write_run(tmp_path / "0.99", "kappa_0-0", 0.6, alone, kappa=0.0)
     for name, after in (("ffr-0", 0.61), ("ffr-1", 0.63), ("sft-0", 0.8)):
         write_run(tmp_path / "0.8", name, after, alone)
     study(tmp_path, "--report")
     table = (tmp_path / "study.md").read_text()
-    assert "| seeds | after, 0.97 guessed | after, 0.8 guessed | teacher calls |" in table
-    line = ("| ffr | `--method ffr` | 3/2 | 72.0 ± 2.0 | 62.0 ± 1.4 | 40 | 40.0 → 15.0 | 60.0 → 45.0 | 5.0 "
+    assert "| 0.99 guessed: step 15 | 0.99 guessed: step 8 | 0.8 guessed: step 15 | 0.8 guessed: step 8 | teacher calls |" in table
+    line = ("| ffr | `--method ffr` | 3/2 | 62.0 ± 2.0 | 72.0 ± 2.0 | 52.0 ± 1.4 | 62.0 ± 1.4 | 40 | 40.0 → 15.0 | 60.0 → 45.0 | 5.0 "
             "| 1.50 → 0.35 |")
     assert table.count(line) == 4 and "Not comparable" not in table
-    assert "before: 50.0 (0.97), 50.0 (0.8)" in table
-    assert ("| kappa_0 | `--kappa 0` | 1/0 | 60.0 |  | 0 | – → – | – → – | 50.0 | 1.00 → 1.00 |"
+    assert "before: 50.0 (0.99), 50.0 (0.8)" in table
+    assert ("| kappa_0 | `--kappa 0` | 1/0 | 50.0 | 60.0 |  |  | 0 | – → – | – → – | 50.0 | 1.00 → 1.00 |"
             in table)
-    assert "| sft | `--method sft` | 0/1 |  | 80.0 |  |  |  |  |  |" in table
+    assert "| sft | `--method sft` | 0/1 |  |  | 70.0 | 80.0 |  |  |  |  |  |" in table
     assert "## Evidence shown" in table and "## Loss variants" not in table
-    write_run(tmp_path / "0.97", "grpo-0", 0.6, alone, lr=4e-4)
+    write_run(tmp_path / "0.99", "grpo-0", 0.6, alone, lr=4e-4)
     study(tmp_path, "--report")
-    assert ("**Not comparable** at 0.97: lr is 0.0004 in grpo-0 only."
+    assert ("**Not comparable** at 0.99: lr is 0.0004 in grpo-0 only."
             in (tmp_path / "study.md").read_text())
 
 
@@ -226,7 +226,7 @@ def test_the_plots_show_the_means(tmp_path):
     drawing, helped = (ElementTree.parse(tmp_path / f"{name}.svg").getroot()
                        for name in ("accuracy-0.8", "repair"))
     line, = drawing.findall("{*}polyline")
-    start, end = (tuple(map(float, point.split(","))) for point in line.get("points").split())
+    start, _, end = (tuple(map(float, point.split(","))) for point in line.get("points").split())
     at = {text.text: (float(text.get("x")), float(text.get("y")))
           for text in drawing.findall("{*}text")}
     assert {"ffr", "50", "60", "70", "80", "0", "8", "training step", "accuracy, %"} <= at.keys()
