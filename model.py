@@ -515,20 +515,19 @@ class Student(nn.Module):
 
         The log-prob is the untruncated one, the same that scoring computes (design, decision 12).
         """
-        allowed_NV = logits_NV.index_fill(-1, self.banned, float("-inf"))
+        p_NV = logits_NV.softmax(-1)
         if temperature == 0:
-            token_N1 = allowed_NV.argmax(-1, keepdim=True)
+            token_N1 = logits_NV.index_fill(-1, self.banned, -torch.inf).argmax(-1, keepdim=True)
         else:
-            p_NV = allowed_NV.softmax(-1)
+            drawn_NV = p_NV.index_fill(-1, self.banned, 0.0)
             if top_p < 1:
-                p_NV = p_NV * (p_NV >= nucleus(p_NV, top_p))
-            mass_NV = p_NV.cumsum(-1)
+                drawn_NV *= drawn_NV >= nucleus(drawn_NV, top_p)
+            mass_NV = drawn_NV.cumsum(-1)
             total_N1 = mass_NV[:, -1:]
             target_N1 = uniform_N[:, None] * total_N1  # below the total, also after rounding
             target_N1 = target_N1.minimum(total_N1.nextafter(torch.zeros_like(total_N1)))
             token_N1 = torch.searchsorted(mass_NV, target_N1, right=True)
-        logp_N = logits_NV.gather(-1, token_N1)[:, 0] - logits_NV.logsumexp(-1)
-        return token_N1[:, 0], logp_N
+        return token_N1[:, 0], p_NV.gather(-1, token_N1)[:, 0].log()
 
     def _completion(self, ids_C, logp_C):
         ids = ids_C.tolist()
@@ -622,14 +621,14 @@ def _chunks(C, V):
 
 
 def nucleus(p_NV, top_p):
-    """The smallest probability [N, 1] inside each row's top-p set: the fewest tokens of mass top_p.
+    """The smallest value [N, 1] in each row's top-p set: the fewest tokens with top_p of its mass.
 
     Only values are sorted; on a CPU by numpy, which does that much faster than torch.sort.
     """
     rising_NV = p_NV.sort(-1).values if p_NV.is_cuda else torch.from_numpy(np.sort(p_NV.numpy()))
     mass_NV = rising_NV.cumsum(-1)
-    outside_N1 = (mass_NV[:, -1:] - mass_NV >= top_p).sum(-1, keepdim=True)
-    return rising_NV.gather(-1, outside_N1)
+    outside_N1 = torch.searchsorted(mass_NV, mass_NV[:, -1:] * (1 - top_p), right=True)
+    return rising_NV.gather(-1, outside_N1.clamp(max=p_NV.shape[-1] - 1))
 
 
 def _extended(segment, ids):

@@ -3,6 +3,7 @@
     python tests/bench.py                                       the whole table
     python tests/bench.py --quick                               does it run at all
     python tests/bench.py --linear                              our cost over lengths and prompts
+    python tests/bench.py --profile                             what our decoding spends its time on
     python tests/bench.py --device cuda --model 7b --recompute --cuda_graphs
                                                                 real shapes, random weights, bf16
 
@@ -402,6 +403,17 @@ def linear(models, prefix, flags):
     return found
 
 
+def profile(models, prefix, C):
+    """Operations of our decoding by self time: G rows of C tokens after a prefill."""
+    way, cuda = Ours(models, prefix), models.device.type == "cuda"
+    way.tries(4)
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities[:1 + cuda]) as run:
+        way.repairs([tiny.text(HEADER)] * models.G, C)
+    print(run.key_averages().table(sort_by=f"self_{models.device.type}_time_total", row_limit=14,
+                                   max_name_column_width=40))
+
+
 # ---------------------------------------------------------------------------------------------
 # The table
 
@@ -467,6 +479,7 @@ def parse(argv):
     add("--recompute", action="store_true", help="activation checkpointing, in both ways")
     add("--cuda_graphs", action="store_true", help="our decode steps recorded, as in train.py")
     add("--linear", action="store_true", help="only our cost over lengths and numbers of prompts")
+    add("--profile", action="store_true", help="only the operations of our decoding")
     add("--quick", action="store_true", help="one tiny shape, once")
     add("--json", default="", help="file for all figures")
     add("--child", default="", help=argparse.SUPPRESS)  # way,P,C of a fresh process for memory
@@ -487,7 +500,9 @@ def main(argv):
     found = {"flags": vars(flags), "torch": torch.__version__, "memory": {}, "seconds": {},
              "machine": {}}
     table = {shape: {} for shape in sorted({*shapes, *memory})}
-    for P, C in memory if not flags.linear else ():  # before this process takes the device's memory
+    if flags.linear or flags.profile:
+        memory = []
+    for P, C in memory:  # before this process takes the device's memory
         bytes_of = {way: json.loads(subprocess.run(
             [sys.executable, __file__, *argv, "--child", f"{way},{P},{C}"], check=True,
             stdout=subprocess.PIPE).stdout) for way in WAYS}
@@ -499,7 +514,9 @@ def main(argv):
     prefixes = {P: make_prefix(flags.model, P) for P, _ in shapes}
     found["same"] = same = {P: verify(models, prefix) for P, prefix in prefixes.items()}
     print("largest difference of log-probs:", max(s["logp_gap"] for s in same.values()))
-    if flags.linear:
+    if flags.profile:
+        profile(models, prefixes[shapes[0][0]], shapes[0][1])
+    elif flags.linear:
         found["linear"] = linear(models, prefixes[shapes[0][0]], flags)
     else:
         rates = [float(f) for f in flags.failures.split(",")]
