@@ -510,20 +510,36 @@ def report(output):
     starts = {share: runs for share, runs in starts.items() if any(runs.values())}
     if not starts:
         sys.exit(f"toy.py: no finished run in --output {output}")
+    parts = tables(starts) + [
+        f"**Not comparable** at {share}: {sentence}."
+        for share, runs in starts.items() for sentence in unlike(runs)]
+    missing = [f"{share}/{name}" for share, runs in starts.items() for name in runs
+               if not runs[name]]
+    if missing:
+        parts.append(f"Without a finished run: {', '.join(missing)}.")
+    for name, title, label, curves in plots(starts):
+        plot(output / f"{name}.svg", title, "training step", label, curves)
+        parts.append(f"![{title}]({name}.svg)")
+    (output / "study.md").write_text("# What the toy world says\n\n" + "\n\n".join(parts) + "\n")
+    print(output / "study.md")
+
+
+def tables(starts):
+    """Caption and tables of {share of guesses: {condition: runs}}."""
     first = next(iter(starts.values()))
-    one, = next(runs[:1] for runs in first.values() if runs)
+    config, evals, _ = next(runs[0] for runs in first.values() if runs)
     before = ", ".join(f"{accuracy([next(r for r in runs.values() if r)[0]], 0)} ({share})"
                        for share, runs in starts.items())
-    parts = [f"Held-out accuracy on {one[1][-1]['n']} questions in percent, without patches, after "
-             f"{one[0]['steps']} steps of {one[0]['batch_prompts']} prompts, "
-             f"{one[0]['rollouts']} rollouts each: mean ± sample standard deviation over seeds, by "
-             f"the share of guesses in the warm start; before: {before}. All else is from the "
-             f"start of {next(iter(starts))}, a mean over seeds; teacher calls are summed over "
-             "training, arrows go from its first to its last quarter, entropy is in nats per "
-             "trained token. The annotated teacher is never shown the gold answer, so that there "
-             "is no \"with and without gold\" here."]
+    parts = [f"Held-out accuracy on {evals[-1]['n']} questions in percent, without patches, in "
+             f"{config['steps']} steps of {config['batch_prompts']} prompts, {config['rollouts']} "
+             "rollouts each: mean ± sample standard deviation over seeds, by the share of guesses "
+             f"in the warm start; before: {before}. All else is from the start of "
+             f"{next(iter(starts))}, a mean over seeds; teacher calls are summed over training, "
+             "arrows go from its first to its last quarter, entropy is in nats per trained token. "
+             "The annotated teacher is never shown the gold answer, so that there is no \"with and "
+             "without gold\" here."]
     head = ("", "flags", "seeds", *(f"{share} guessed: step {step}" for share in starts
-                                    for step in (EVAL_EVERY, one[0]["steps"])), *COLUMNS)
+                                    for step in (EVAL_EVERY, config["steps"])), *COLUMNS)
     for group, title in GROUPS.items():
         rows = [(name, f"`{flags}`", "/".join(str(len(runs[name])) for runs in starts.values()),
                  *(accuracy(runs[name], at) for runs in starts.values() for at in (1, -1)),
@@ -533,28 +549,21 @@ def report(output):
         if rows:
             table = [head, ("---",) * len(head), *rows]
             parts.append(f"## {title}\n\n" + "\n".join(f"| {' | '.join(r)} |" for r in table))
-    parts += [f"**Not comparable** at {share}: {sentence}."
-              for share, runs in starts.items() for sentence in unlike(runs)]
-    missing = [f"{share}/{name}" for share, runs in starts.items() for name in runs
-               if not runs[name]]
-    if missing:
-        parts.append(f"Without a finished run: {', '.join(missing)}.")
+    return parts
 
-    def draw(name, title, label, curves):
-        if any(curves.values()):
-            plot(output / f"{name}.svg", title, "training step", label, curves)
-            parts.append(f"![{title}]({name}.svg)")
 
-    for share, runs in starts.items():
-        draw(f"accuracy-{share}", f"Held-out, without patches, from {100 * float(share):.0f} % "
-             "guesses", "accuracy, %", {name: curve([evals for _, evals, _ in runs[name]],
-                                                    "accuracy") for name in PLOTTED if runs[name]})
-    draw("repair", "FFR: need for help, what it brings (7 steps' mean)", "share, %", {
-        label: curve([rows for *_, rows in first["ffr"]], key, half=3) for label, key in (
-            ("interventions", "intervention_ratio"), ("repair rate", "repair_rate"))
-        if first["ffr"]})
-    (output / "study.md").write_text("# What the toy world says\n\n" + "\n\n".join(parts) + "\n")
-    print(output / "study.md")
+def plots(starts):
+    """(file, title, label of y, curves) of each plot that has any."""
+    first = next(iter(starts.values()))
+    helped = {label: curve([rows for *_, rows in first["ffr"]], key, half=3) for label, key in (
+        ("interventions", "intervention_ratio"), ("repair rate", "repair_rate")) if first["ffr"]}
+    drawn = [(f"accuracy-{share}", f"Held-out, from {100 * float(share):.0f} % guesses",
+              "accuracy, %", {name: curve([evals for _, evals, _ in runs[name]], "accuracy")
+                              for name in PLOTTED if runs[name]})
+             for share, runs in starts.items()]
+    drawn.append(("repair", "FFR: need for help, what it brings (7 steps' mean)", "share, %",
+                  helped))
+    return [one for one in drawn if any(one[-1].values())]
 
 
 def study_main(argv):
