@@ -79,7 +79,8 @@ class Config:
 
 # Flags that do not change a plain answer, so that a run may go on with others; and a patched one.
 FREE = {"data", "video_root", "output", "resume", "batch", "with_patches", "evidence", "judge",
-        "teacher_model", "api_url", "decode_workers", "decode_seconds", "frame_cache"}
+        "teacher_model", "api_url", "cuda_graphs", "decode_workers", "decode_seconds",
+        "frame_cache"}
 PATCHING = {"with_patches", "evidence", "teacher_model"}
 # Flags that name a row of the table; further ones are named where they are not the default.
 NAMING = ("max_pixels", "temperature", "top_p", "max_completion", "template", "subtitles", "uncut")
@@ -214,6 +215,8 @@ def start_processes(config):
     import torch
     import torch.distributed as dist
     cuda = torch.cuda.is_available()
+    if config.cuda_graphs and not cuda:
+        raise ValueError("--cuda_graphs needs a CUDA device")
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)

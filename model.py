@@ -21,6 +21,7 @@ packed tokens, V vocabulary, D width, H query heads, K key-value heads, E head w
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 import torch
@@ -315,8 +316,6 @@ class Student(nn.Module):
         training. cuda_graphs: of decode steps.
         """
         on_cuda = torch.device(device).type == "cuda"
-        if cuda_graphs and not on_cuda:
-            raise ValueError("--cuda_graphs needs a CUDA device")
         if attention == "flash" and not (on_cuda and flash_attn_varlen_func):
             raise ValueError("--attention flash needs a CUDA device and the flash-attn package")
         flash = on_cuda and dtype != torch.float32 and attention != "sdpa"
@@ -335,7 +334,7 @@ class Student(nn.Module):
         if weights != dtype:
             raise ValueError("bfloat16 training keeps fp32 master weights through FSDP: initialise "
                              "torch.distributed first")
-        return student.to(device, weights)
+        return cast(student, weights).to(device)
 
     @property
     def device(self):
@@ -515,19 +514,19 @@ class Student(nn.Module):
 
         The log-prob is the untruncated one, the same that scoring computes (design, decision 12).
         """
-        p_NV = logits_NV.softmax(-1)
+        allowed_NV = logits_NV.index_fill(-1, self.banned, float("-inf"))
         if temperature == 0:
-            token_N1 = logits_NV.index_fill(-1, self.banned, -torch.inf).argmax(-1, keepdim=True)
+            token_N1 = allowed_NV.argmax(-1, keepdim=True)
         else:
-            drawn_NV = p_NV.index_fill(-1, self.banned, 0.0)
+            p_NV = allowed_NV.softmax(-1)
             if top_p < 1:
-                drawn_NV *= drawn_NV >= nucleus(drawn_NV, top_p)
-            mass_NV = drawn_NV.cumsum(-1)
+                p_NV *= p_NV >= nucleus(p_NV, top_p)
+            mass_NV = p_NV.cumsum(-1)
             total_N1 = mass_NV[:, -1:]
             target_N1 = uniform_N[:, None] * total_N1  # below the total, also after rounding
             target_N1 = target_N1.minimum(total_N1.nextafter(torch.zeros_like(total_N1)))
             token_N1 = torch.searchsorted(mass_NV, target_N1, right=True)
-        return token_N1[:, 0], p_NV.gather(-1, token_N1)[:, 0].log()
+        return token_N1[:, 0], logits_NV.log_softmax(-1).gather(-1, token_N1)[:, 0]
 
     def _completion(self, ids_C, logp_C):
         ids = ids_C.tolist()
@@ -637,6 +636,15 @@ def _extended(segment, ids):
                          segment.seconds_per_grid)
 
 
+def cast(module, dtype):
+    """The module with its weights in `dtype`. Its buffers stay as they are: rotary frequencies that
+    are rounded to bfloat16 would be off by a radian after some 1,000 positions.
+    """
+    for weight in module.parameters():
+        weight.data = weight.data.to(dtype)
+    return module
+
+
 def shard(student, device, weights, compute):
     """FSDP: each block its own unit, the rest (embeddings, norms, merger, head) the root; fp32
     reduction.
@@ -646,8 +654,8 @@ def shard(student, device, weights, compute):
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     inner = student.model.model
     for block in [*inner.visual.blocks, *inner.language_model.layers]:
-        fully_shard(block.to(weights), mesh=mesh, mp_policy=policy)
-    fully_shard(student.to(weights), mesh=mesh, mp_policy=policy)
+        fully_shard(cast(block, weights), mesh=mesh, mp_policy=policy)
+    fully_shard(cast(student, weights), mesh=mesh, mp_policy=policy)
     student.to(device)
     for name in ("prefill", "sample"):
         register_fsdp_forward_method(student, name)
@@ -663,7 +671,7 @@ class DecodeRows:
 
     A prefix's keys and values stand once, whatever the number of its rows: the queries of all its
     rows meet them in one product. A row's own slots are [suffix, padded | completion], so that a
-    step writes one slice; one softmax runs over prefix and own slots.
+    step writes the same slot of all; one softmax runs over prefix and own slots.
 
     `record` (cuda_graph) makes a step's kernels, on slots whose number then is fixed for many
     steps, into a function that repeats them; without it a step sees just the slots in use.
@@ -674,8 +682,8 @@ class DecodeRows:
     def __init__(self, model, cache, tree, ends, max_completion, record=None):
         text, lengths, device = model.model.language_model, tree.suffix_lengths, tree.device
         self.record, self.recorded = record, 0
-        self.slots_S = torch.arange(max(lengths) + max_completion, device=device)
-        self.at_1 = self.slots_S[:1].clone()
+        self.slots_L = torch.arange(max(lengths) + max_completion, device=device)
+        self.at_1 = self.slots_L[:1].clone()
         self.embed, self.norm, self.base = text.embed_tokens, text.norm, max(lengths)
         self.layers = [_modules(layer, cache.linear) for layer in text.layers]
         self.prefixes = list(zip(cache.keys, cache.values))
@@ -687,7 +695,7 @@ class DecodeRows:
             slots_P = torch.arange(cache.keys[0].shape[2], device=device)
             self.prefix_bias = _bias(slots_P < _column(cache.lengths, device), dtype)
         if len(set(lengths)) > 1 or record:
-            own = (self.slots_S < _column(lengths, device)) | (self.slots_S >= self.base)
+            own = (self.slots_L < _column(lengths, device)) | (self.slots_L >= self.base)
             self.own_bias = _bias(own, dtype)
         positions_NC = _column(ends, device) + torch.arange(max_completion, device=device)
         cos, sin = text.rotary_emb(cache.keys[0], positions_NC.expand(3, -1, -1))
@@ -766,7 +774,7 @@ class DecodeRows:
                             for x in (self.cos_NC1E, self.sin_NC1E))
         bias = self.own_bias if self.own_bias is None else self.own_bias[..., :slots]
         if self.record:  # slots that are still to be written
-            bias = bias.masked_fill(self.slots_S[:slots] > self.at_1, float("-inf"))
+            bias = bias.masked_fill(self.slots_L[:slots] > self.at_1, float("-inf"))
         for layer, (norm1, qkv, q_norm, k_norm, out, norm2, gate, up, act, down) in \
                 enumerate(self.layers):
             y_ND = norm1(x_ND)
@@ -783,17 +791,23 @@ class DecodeRows:
         return self.norm(x_ND)
 
 
+@cache
+def recording_stream():
+    """The process's one stream to record graphs on: cuBLAS keeps a workspace for each stream."""
+    return torch.cuda.Stream()
+
+
 def cuda_graph(work):
     """A function that repeats the kernels of work() on the same tensors; each call overwrites the
     output of the last.
     """
-    stream, now = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream, now = recording_stream(), torch.cuda.current_stream()
     stream.wait_stream(now)
     with torch.cuda.stream(stream):
         work()  # libraries set themselves up at their first call, which no graph may hold
     now.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         out = work()
 
     def repeat():

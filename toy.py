@@ -301,7 +301,7 @@ def make(folder, seed=0, train=480, heldout=200, warm=2000, guessed=GUESSED, pre
 
 # --- the study ------------------------------------------------------------------------------------
 # A start's runs differ in what a condition's flags name and in the seed: data order and rollouts.
-# `ffr` is κ 0.3, evidence text, slot by slot, chosen tokens under their patch, in every table.
+# `ffr` is κ 0.3, evidence text, slot by slot, chosen tokens under their patch, in those tables.
 
 TRAIN = Path(__file__).with_name("train.py")
 EVAL_EVERY = 15
@@ -423,9 +423,9 @@ def load(folder):
             for name, *_ in CONDITIONS}
 
 
-def accuracy(runs, at=-1):
-    """Held-out accuracy of runs in percent, at the end or another evaluation: mean ± deviation."""
-    shares = [100 * evals[at]["accuracy"] for _, evals, _ in runs]
+def accuracy(runs, step):
+    """Held-out accuracy of runs in percent after so many steps: mean ± sample deviation."""
+    shares = [100 * e["accuracy"] for _, evals, _ in runs for e in evals if e["step"] == step]
     spread = f" ± {statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
     return f"{mean(shares):.1f}{spread}" if shares else ""
 
@@ -528,8 +528,9 @@ def tables(starts):
     """Caption and tables of {share of guesses: {condition: runs}}."""
     first = next(iter(starts.values()))
     config, evals, _ = next(runs[0] for runs in first.values() if runs)
-    before = ", ".join(f"{accuracy([next(r for r in runs.values() if r)[0]], 0)} ({share})"
+    before = ", ".join(f"{accuracy(next(r[:1] for r in runs.values() if r), 0)} ({share})"
                        for share, runs in starts.items())
+    steps = EVAL_EVERY, config["steps"]
     parts = [f"Held-out accuracy on {evals[-1]['n']} questions in percent, without patches, in "
              f"{config['steps']} steps of {config['batch_prompts']} prompts, {config['rollouts']} "
              "rollouts each: mean ± sample standard deviation over seeds, by the share of guesses "
@@ -539,10 +540,10 @@ def tables(starts):
              "The annotated teacher is never shown the gold answer, so that there is no \"with and "
              "without gold\" here."]
     head = ("", "flags", "seeds", *(f"{share} guessed: step {step}" for share in starts
-                                    for step in (EVAL_EVERY, config["steps"])), *COLUMNS)
+                                    for step in steps), *COLUMNS)
     for group, title in GROUPS.items():
         rows = [(name, f"`{flags}`", "/".join(str(len(runs[name])) for runs in starts.values()),
-                 *(accuracy(runs[name], at) for runs in starts.values() for at in (1, -1)),
+                 *(accuracy(runs[name], step) for runs in starts.values() for step in steps),
                  *row(first[name]))
                 for name, flags, groups in CONDITIONS
                 if group in groups.split() and any(runs[name] for runs in starts.values())]

@@ -91,7 +91,7 @@ class Config:
     no_std: bool = flag(False, "advantages without division by the group's deviation (Dr. GRPO)")
     ratio: str = flag("token", "sequence: one ratio per completion (GSPO)", ("token", "sequence"))
     dynamic_sampling: int = flag(0, "times a step tries fresh prompts for all-equal groups (DAPO)")
-    score_under: str = flag("observation", "plain: repaired tokens are trained without their patch",
+    score_under: str = flag("observation", "plain: what repairs got right is taught without patch",
                             ("observation", "plain"))
     select: str = flag("slot", "slot: Eq. 7; best: train the group's best only", ("slot", "best"))
     train_on: str = flag("chosen", "original: the release's gradient on the failed tokens",
@@ -211,6 +211,8 @@ def start_processes(config):
     bfloat16 keeps its fp32 master weights in FSDP, also on a single process.
     """
     cuda = torch.cuda.is_available()
+    if config.cuda_graphs and not cuda:
+        raise ValueError("--cuda_graphs needs a CUDA device")
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -881,8 +883,8 @@ def output_folder(config):
 
 def main(argv=None):
     config, given = parse(argv)
-    device, dtype = start_processes(config)
     try:
+        device, dtype = start_processes(config)
         config = replace(config, output=output_folder(config))
         if not config.model:
             config = toy_config(config, given, device, dtype)

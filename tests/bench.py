@@ -318,11 +318,11 @@ def measure(models, prefix, C, rates, repeats, seed):
             pass
         for name, meter in zip(names, meters):
             laps[name][f].append(meter.of)
-        more = [Meter(models.device) for _ in range(OURS_AGAIN)]
-        for meter in more:
+        again = [Meter(models.device) for _ in range(OURS_AGAIN)]
+        for meter in again:
             list(step(Ours(models, prefix, seed + repeat), C, f, meter))
         last = laps["ours"][f][-1]
-        last |= {part: median(lap[part] for lap in (last, *(meter.of for meter in more)))
+        last |= {part: median(lap[part] for lap in (last, *(meter.of for meter in again)))
                  for part in last}
         speeds.append(machine(models, len(prefix.ids) + models.G * C))
     for f in rates[2:]:
@@ -494,6 +494,8 @@ def main(argv):
     shapes, memory = ([tuple(map(int, shape.split("x"))) for shape in text.split(",") if shape]
                       for text in (flags.shapes, flags.memory))
     torch.set_num_threads(flags.threads)
+    if flags.cuda_graphs and flags.device != "cuda":
+        sys.exit("bench.py: --cuda_graphs needs --device cuda")
     if flags.child:
         way, P, C = flags.child.split(",")
         return print(json.dumps(peaks(make_models(flags), way, int(P), int(C), flags)))

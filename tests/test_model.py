@@ -152,18 +152,20 @@ def test_done_is_called_once_per_row_with_its_completion():
     assert calls == {n: c.ids.tolist() for n, c in enumerate(sampled)}
 
 
-def test_forbidden_tokens_are_never_sampled_and_eos_ends_a_row():
+@pytest.mark.parametrize("temperature", (1.5, 0.05, 0.0))
+def test_forbidden_tokens_are_never_sampled_and_eos_ends_a_row(temperature):
     """Catches: a sampled image placeholder (the forward would want pixels), an EOS cut off or
-    followed by more tokens.
+    followed by more tokens, no probability left for the rest where forbidden tokens hold it all.
     """
     student = tiny_student("qwen2_5_vl")
     with torch.no_grad():
         student.model.lm_head.weight[[IMAGE, VIDEO, 198, 199]] *= 30  # make them likely
         cache = student.prefill([image(4, 4, 3)])
-        sampled = student.sample(cache, [text(3)] * 64, [0] * 64, torch.rand(64, 40), 40, temperature=1.5)
+        sampled = student.sample(cache, [text(3)] * 64, [0] * 64, torch.rand(64, 40), 40, temperature)
     seen = torch.cat([c.ids for c in sampled])
     assert not set(seen.tolist()) & {*range(190, 194), 195, 198, 199}
-    assert any(c.finished for c in sampled)
+    assert temperature != 1.5 or any(c.finished for c in sampled)
+    assert all(c.logp.isfinite().all() for c in sampled)
     for c in sampled:
         assert (c.ids[:-1] != EOS).all() and c.finished == (c.ids[-1] == EOS) and len(c.ids) == len(c.logp) <= 40
 

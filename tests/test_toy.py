@@ -8,9 +8,12 @@ from xml.etree import ElementTree
 
 import decord
 import pytest
+import torch
+import torch.distributed as dist
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import toy
+from model import Student
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +99,23 @@ def test_the_student_loads_as_a_checkpoint(world):
         [{"role": "user", "content": [{"type": "video"}]}], tokenize=False)
 
 
+@pytest.mark.parametrize("sharded", (False, True))
+def test_half_precision_leaves_the_rotary_frequencies_exact(world, sharded):
+    """Catches: buffers cast with the weights: positions would turn by other angles than in training."""
+    if sharded:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        student = Student.load(world / "model", dtype=torch.bfloat16, trainable=False)
+    finally:
+        if sharded:
+            dist.destroy_process_group()
+    exact = dict(Student.load(world / "model").named_buffers())
+    frequencies = [name for name in exact if name.endswith("inv_freq")]
+    assert len(frequencies) >= 2 and {p.dtype for p in student.parameters()} == {torch.bfloat16}
+    for name, buffer in student.named_buffers():
+        assert torch.equal(buffer, exact[name]) and buffer.dtype == exact[name].dtype, name
+
+
 # --- the study ------------------------------------------------------------------------------------
 
 STUB = """
@@ -108,6 +128,8 @@ flags = sys.argv[1:]
 folder = pathlib.Path.cwd() / (flags[flags.index("--output") + 1])
 with open(folder.parent / "calls", "a") as calls:
     calls.write(" ".join([folder.name] + ["--resume"] * ("--resume" in flags)) + "\\n")
+if "--lr" in flags:
+    (folder.parent / "rates").write_text(flags[flags.index("--lr") + 1])
 if "3e-5" in flags:
     sys.exit("step 1\\nstep 2 \\rno space left\\n")
 write("config.json", {"steps": 4, "batch_prompts": 1, "rollouts": 2, "seed": 0})
@@ -140,6 +162,7 @@ def test_finished_runs_are_not_started_again(stub):
     """Catches: a second call that trains everything anew; a broken-off run from its start."""
     study(stub, "--only", "grpo,ffr")
     assert calls(stub) == ["start", "grpo-0", "ffr-0", "grpo-1", "ffr-1"]
+    assert (stub / "0.99" / "rates").read_text() == toy.STARTS["0.99"] == "4e-4"
     assert (stub.parent / "made-0.99").exists()
     (stub / "0.99" / "ffr-1" / "eval.jsonl").write_text('{"step": 0, "accuracy": 0.5}\n{"step": 4, "ac')
     study(stub, "--only", "grpo,ffr")
@@ -156,54 +179,60 @@ def test_a_failing_run_is_named_and_the_others_go_on(stub, capsys):
     assert "0.99/grpo_lr_3e-5-0 FAILED, exit code 1: no space left\n" in capsys.readouterr().out
     assert calls(stub) == ["start", "grpo_lr_3e-5-0", "grpo-0", "grpo_lr_3e-5-1", "grpo-1"]
     table = (stub / "study.md").read_text()
-    assert "| grpo | `--method grpo` | 2 | 50.0 ± 0.0 |" in table
+    assert "| grpo | `--method grpo` | 2 |  | 50.0 ± 0.0 |" in table
     assert "Without a finished run: 0.99/grpo_lr_3e-5, 0.99/" in table
     with pytest.raises(SystemExit):
         study(stub, "--only", "gpro")
     assert "no condition is called gpro" in capsys.readouterr().err
 
 
-def write_run(output, name, after, metrics, **settings):
+def write_run(output, name, after, metrics, evaluated=(0, 4, 8), **settings):
     """A finished run of 8 steps; metrics: interventions, repairs, zeros, entropy, calls a step."""
     folder = output / name
     folder.mkdir(parents=True)
     keys = ("intervention_ratio", "repair_rate", "advantage_zero_fraction", "entropy")
     rows = [{"step": step, **dict(zip(keys, values)), "teacher": calls and {"calls": calls}}
             for step, (*values, calls) in enumerate(metrics)]
-    evals = [{"step": step, "n": 200, "accuracy": share} for step, share in ((0, 0.5), (4, after - 0.1), (8, after))]
+    evals = [{"step": step, "n": 200, "accuracy": {0: 0.5, 4: after - 0.1, 8: after}[step]}
+             for step in evaluated]
     config = {"steps": 8, "batch_prompts": 1, "rollouts": 2, "lr": 1e-4, "kappa": 0.3,
               "seed": int(name[-1]), **settings}
     for file, part in (("config.json", [config]), ("eval.jsonl", evals), ("metrics.jsonl", rows)):
         (folder / file).write_text("".join(json.dumps(row) + "\n" for row in part))
 
 
-def test_the_table_says_what_the_files_say(tmp_path):
-    """Catches: the deviation of a population (1.6 for 2.0), one start's runs in the other's column, halves for quarters, the mean of calls
-    in place of their sum, null counted as zero, unlike runs that are compared without a word.
+def test_the_table_says_what_the_files_say(tmp_path, monkeypatch):
+    """Catches: the deviation of a population (1.6 for 2.0), one start's runs in the other's column,
+    a later evaluation for one that was not made, halves for quarters, the mean of calls in place of
+    their sum, null counted as zero, unlike runs that are compared without a word.
 
     Accuracies 70, 72, 74: mean 72, deviation sqrt((4 + 0 + 4) / 2) = 2. Interventions of the first
     two of 8 steps 0.5, 0.3, mean 40 %; of the last two 0.2, 0.1: 15 %. Repair rates 0.6, null:
     60 %; 0.5, 0.4: 45 %. Entropy 2, 1: 1.5; 0.5, 0.2: 0.35. Calls: 8 steps of 4, 5 or 6, mean 40.
     Zero advantages: 0.2 in two of 8 steps: 5 %.
     """
+    monkeypatch.setattr(toy, "EVAL_EVERY", 4)
     for seed, after in enumerate((0.70, 0.72, 0.74)):
         metrics = [(0.5, 0.6, 0.2, 2.0), (0.3, None, 0.2, 1.0), *[(0.9, 0.9, 0.0, 9.0)] * 4,
                    (0.2, 0.5, 0.0, 0.5), (0.1, 0.4, 0.0, 0.2)]
-        write_run(tmp_path / "0.99", f"ffr-{seed}", after, [(*values, 4 + seed) for values in metrics])
+        write_run(tmp_path / "0.99", f"ffr-{seed}", after,
+                  [(*values, 4 + seed) for values in metrics])
     alone = [(None, None, 0.5, 1.0, {})] * 8
     write_run(tmp_path / "0.99", "kappa_0-0", 0.6, alone, kappa=0.0)
-    for name, after in (("ffr-0", 0.61), ("ffr-1", 0.63), ("sft-0", 0.8)):
+    for name, after in (("ffr-0", 0.61), ("ffr-1", 0.63)):
         write_run(tmp_path / "0.8", name, after, alone)
+    write_run(tmp_path / "0.8", "sft-0", 0.8, alone, evaluated=(0, 8))
     study(tmp_path, "--report")
     table = (tmp_path / "study.md").read_text()
-    assert "| 0.99 guessed: step 15 | 0.99 guessed: step 8 | 0.8 guessed: step 15 | 0.8 guessed: step 8 | teacher calls |" in table
-    line = ("| ffr | `--method ffr` | 3/2 | 62.0 ± 2.0 | 72.0 ± 2.0 | 52.0 ± 1.4 | 62.0 ± 1.4 | 40 | 40.0 → 15.0 | 60.0 → 45.0 | 5.0 "
-            "| 1.50 → 0.35 |")
+    assert ("| 0.99 guessed: step 4 | 0.99 guessed: step 8 | 0.8 guessed: step 4 "
+            "| 0.8 guessed: step 8 | teacher calls |") in table
+    line = ("| ffr | `--method ffr` | 3/2 | 62.0 ± 2.0 | 72.0 ± 2.0 | 52.0 ± 1.4 | 62.0 ± 1.4 | 40 "
+            "| 40.0 → 15.0 | 60.0 → 45.0 | 5.0 | 1.50 → 0.35 |")
     assert table.count(line) == 4 and "Not comparable" not in table
     assert "before: 50.0 (0.99), 50.0 (0.8)" in table
-    assert ("| kappa_0 | `--kappa 0` | 1/0 | 50.0 | 60.0 |  |  | 0 | – → – | – → – | 50.0 | 1.00 → 1.00 |"
-            in table)
-    assert "| sft | `--method sft` | 0/1 |  |  | 70.0 | 80.0 |  |  |  |  |  |" in table
+    assert ("| kappa_0 | `--kappa 0` | 1/0 | 50.0 | 60.0 |  |  | 0 | – → – | – → – | 50.0 "
+            "| 1.00 → 1.00 |") in table
+    assert "| sft | `--method sft` | 0/1 |  |  |  | 80.0 |  |  |  |  |  |" in table
     assert "## Evidence shown" in table and "## Loss variants" not in table
     write_run(tmp_path / "0.99", "grpo-0", 0.6, alone, lr=4e-4)
     study(tmp_path, "--report")

@@ -251,6 +251,7 @@ def test_micro_batches_do_not_change_the_step(world, tmp_path):
     (["--model", "m", "--data", "nowhere.json"], "nowhere.json"),
     (["--model", "m", "--data", "d", "--rollouts", "1"], "--rollouts must be at least 2"),
     (["--method", "magic"], "invalid choice"),
+    (["--cuda_graphs"], "--cuda_graphs needs a CUDA device"),
 ))
 def test_bad_flags_are_refused_in_one_sentence(tmp_path, monkeypatch, capsys, flags, sentence):
     """Catches: a typo that runs with the default, an error found after the model has loaded."""
