@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import data
@@ -30,10 +31,14 @@ def world(tmp_path_factory):
     """A small toy world and a student that has just learned the answer format, warmed up by the
     real command.
     """
-    folder = tmp_path_factory.mktemp("toy")
-    toy.make(folder, train=24, heldout=6, warm=80, guessed=0.0, pretrained=False)
-    finish(start(folder, "--method", "sft", "--model", "model", "--data", "warm.json", "--steps", 60, "--batch_prompts", 16,
-                 "--lr", 3e-3, "--output", "warm"))
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "warm-world"
+    with FileLock(f"{folder}.lock"):  # one world for all processes that the tests run on
+        if not (folder / "ready").exists():
+            toy.make(folder, train=24, heldout=6, warm=80, guessed=0.0, pretrained=False)
+            finish(start(folder, "--method", "sft", "--model", "model", "--data", "warm.json", "--steps", 60,
+                         "--batch_prompts", 16, "--lr", 3e-3, "--output", "warm"))
+            (folder / "ready").touch()
     return folder
 
 
