@@ -307,7 +307,7 @@ TRAIN = Path(__file__).with_name("train.py")
 EVAL_EVERY = 15
 GROUPS = {"methods": "Methods", "rate": "Learning rate", "kappa": "Patch tax κ",
           "evidence": "Evidence shown", "tokens": "Tokens trained", "loss": "Loss variants of GRPO"}
-STARTS = {"0.99": "4e-4", "0.8": "1e-4"}  # share of guesses: GRPO's best learning rate of five
+STARTS = {"0.99": "4e-4", "0.8": "1e-4"}  # share of guesses: GRPO's best learning rate
 CONDITIONS = (  # name, flags of train.py, tables it is in
     *((f"{method}_lr_{lr}", f"--method {method} --lr {lr}", "rate")
       for method in ("grpo", "ffr") for lr in ("3e-5", "1e-4", "2e-4", "4e-4", "8e-4")),
