@@ -637,8 +637,8 @@ def _extended(segment, ids):
 
 
 def cast(module, dtype):
-    """The module with its weights in `dtype`. Its buffers stay as they are: rotary frequencies that
-    are rounded to bfloat16 would be off by a radian after some 1,000 positions.
+    """The module with its weights in `dtype`. Its buffers stay as they are: bfloat16 would round a
+    rotary frequency by up to 1/512 of itself, an error of the angle that grows with the position.
     """
     for weight in module.parameters():
         weight.data = weight.data.to(dtype)
