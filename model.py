@@ -62,11 +62,11 @@ class Cache:
     features: "Features | None" = None
     linears: dict = field(default_factory=dict)
 
-    def linear(self, layer):
-        """`packed(layer)`, made once for the tries and repairs of a step."""
-        if layer not in self.linears:
-            self.linears[layer] = packed(layer)
-        return self.linears[layer]
+    def linear(self, *layers):
+        """`packed(layers)`, made once for the tries and repairs of a step."""
+        if layers not in self.linears:
+            self.linears[layers] = packed(layers)
+        return self.linears[layers]
 
 
 @dataclass
@@ -671,7 +671,8 @@ class DecodeRows:
 
     A prefix's keys and values stand once, whatever the number of its rows: the queries of all its
     rows meet them in one product. A row's own slots are [suffix, padded | completion], so that a
-    step writes the same slot of all; one softmax runs over prefix and own slots.
+    step writes the same slot of all (`own`: per layer keys and values [2, N, K, L, E]); one softmax
+    runs over prefix and own slots.
 
     `record` (cuda_graph) makes a step's kernels, on slots whose number then is fixed for many
     steps, into a function that repeats them; without it a step sees just the slots in use.
@@ -687,8 +688,7 @@ class DecodeRows:
         self.embed, self.norm, self.base = text.embed_tokens, text.norm, max(lengths)
         self.layers = [_modules(layer, cache.linear) for layer in text.layers]
         self.prefixes = list(zip(cache.keys, cache.values))
-        self.own = [tuple(F.pad(x_NKSE, (0, 0, 0, max_completion)) for x_NKSE in pair)
-                    for pair in tree.store]
+        self.own = [F.pad(torch.stack(pair), (0, 0, 0, max_completion)) for pair in tree.store]
         self.prefix_bias = self.own_bias = None
         dtype = cache.keys[0].dtype
         if len(set(cache.lengths)) > 1:
@@ -699,6 +699,7 @@ class DecodeRows:
             self.own_bias = _bias(own, dtype)
         positions_NC = _column(ends, device) + torch.arange(max_completion, device=device)
         cos, sin = text.rotary_emb(cache.keys[0], positions_NC.expand(3, -1, -1))
+        sin[..., :sin.shape[-1] // 2] *= -1  # the sign of the half-split rotation
         self.cos_NC1E, self.sin_NC1E = cos[:, :, None], sin[:, :, None]
         self.prompts = list(range(len(cache.lengths)))
         self._place(tree.owners.tolist())
@@ -706,7 +707,7 @@ class DecodeRows:
     def keep(self, rows):
         """Go on with these rows only."""
         self.recorded = 0
-        self.own = [(keys[rows], values[rows]) for keys, values in self.own]
+        self.own = [own[:, rows] for own in self.own]
         self.own_bias = None if self.own_bias is None else self.own_bias[rows]
         self.cos_NC1E, self.sin_NC1E = self.cos_NC1E[rows], self.sin_NC1E[rows]
         self._place([self.owners[n] for n in rows.tolist()])
@@ -715,7 +716,7 @@ class DecodeRows:
         """Lay the rows out by prompt: grid [B, R] of row numbers, short rows filled up with any."""
         self.owners, live = owners, sorted(set(owners))
         if live != self.prompts:
-            kept = torch.tensor([self.prompts.index(b) for b in live], device=self.own[0][0].device)
+            kept = torch.tensor([self.prompts.index(b) for b in live], device=self.own[0].device)
             self.prefixes = [(keys[kept], values[kept]) for keys, values in self.prefixes]
             self.prefix_bias = None if self.prefix_bias is None else self.prefix_bias[kept]
             self.prompts = live
@@ -724,7 +725,7 @@ class DecodeRows:
         grid = [n for row in rows for n in row + row[:1] * (R - len(row))]
         if grid != list(range(len(owners))):
             back = [grid.index(n) for n in range(len(owners))]
-            device = self.own[0][0].device
+            device = self.own[0].device
             self.grid, self.back = (torch.tensor(x, device=device) for x in (grid, back))
 
     def _together(self, x_NKgE):
@@ -740,7 +741,7 @@ class DecodeRows:
     def _attend(self, q_NHE, layer, slots, own_bias):
         """softmax(q kᵀ / √E) v over [prefix, own slots] of every row: [N, H E]."""
         keys_BKPE, values_BKPE = self.prefixes[layer]
-        keys_NKLE, values_NKLE = (x[:, :, :slots] for x in self.own[layer])
+        keys_NKLE, values_NKLE = self.own[layer][..., :slots, :]
         K, P = keys_BKPE.shape[1:3]
         q_NKgE = (q_NHE * q_NHE.shape[-1] ** -0.5).unflatten(1, (K, -1))
         prefix_BKrP = self._together(q_NKgE) @ keys_BKPE.transpose(-1, -2)
@@ -775,19 +776,18 @@ class DecodeRows:
         bias = self.own_bias if self.own_bias is None else self.own_bias[..., :slots]
         if self.record:  # slots that are still to be written
             bias = bias.masked_fill(self.slots_L[:slots] > self.at_1, float("-inf"))
-        for layer, (norm1, qkv, q_norm, k_norm, out, norm2, gate, up, act, down) in \
+        for layer, (norm1, qkv, q_norm, k_norm, out, norm2, gate_up, act, down) in \
                 enumerate(self.layers):
-            y_ND = norm1(x_ND)
-            q_NHE, k_NKE, v_NKE = (project(y_ND).unflatten(-1, (-1, E)) for project in qkv)
+            y_NHE, K = qkv(norm1(x_ND)).unflatten(-1, (-1, E)), self.own[layer].shape[2]
+            H = y_NHE.shape[1] - 2 * K  # heads of queries, then of keys, then of values
             if q_norm is not None:
-                q_NHE, k_NKE = q_norm(q_NHE), k_norm(k_NKE)
-            keys, values = self.own[layer]
-            keys.index_copy_(2, self.at_1, _rotate(k_NKE, cos_N1E, sin_N1E)[:, :, None])
-            values.index_copy_(2, self.at_1, v_NKE[:, :, None])
-            q_NHE = _rotate(q_NHE, cos_N1E, sin_N1E)
-            x_ND = x_ND + out(self._attend(q_NHE, layer, slots, bias))
-            y_ND = norm2(x_ND)
-            x_ND = x_ND + down(act(gate(y_ND)) * up(y_ND))
+                y_NHE[:, :H], y_NHE[:, H:-K] = q_norm(y_NHE[:, :H]), k_norm(y_NHE[:, H:-K])
+            y_NHE[:, :-K] = _rotate(y_NHE[:, :-K], cos_N1E, sin_N1E)
+            own_2NKE = y_NHE[:, H:].unflatten(1, (2, K)).transpose(0, 1)
+            self.own[layer].index_copy_(3, self.at_1, own_2NKE[..., None, :])
+            x_ND = x_ND + out(self._attend(y_NHE[:, :H], layer, slots, bias))
+            gate_NI, up_NI = gate_up(norm2(x_ND)).chunk(2, dim=-1)
+            x_ND = x_ND + down(act(gate_NI) * up_NI)
         return self.norm(x_ND)
 
 
@@ -817,25 +817,28 @@ def cuda_graph(work):
 
 
 def _modules(layer, linear):
-    """A layer's parts in the order of use; `linear` makes each linear layer fit for few rows."""
+    """A layer's parts in the order of use; `linear` makes its linear layers fit for few rows."""
     attention, mlp = layer.self_attn, layer.mlp
-    return (layer.input_layernorm,
-            [linear(x) for x in (attention.q_proj, attention.k_proj, attention.v_proj)],
+    return (layer.input_layernorm, linear(attention.q_proj, attention.k_proj, attention.v_proj),
             getattr(attention, "q_norm", None), getattr(attention, "k_norm", None),
             linear(attention.o_proj), layer.post_attention_layernorm,
-            linear(mlp.gate_proj), linear(mlp.up_proj), mlp.act_fn, linear(mlp.down_proj))
+            linear(mlp.gate_proj, mlp.up_proj), mlp.act_fn, linear(mlp.down_proj))
 
 
-def packed(layer):
-    """A linear layer for a handful of rows: on a CPU in fp32 a copy of its weights in the blocked
-    order of oneDNN, whose product of few rows is faster; elsewhere the layer itself.
+def packed(layers):
+    """Linear layers that read the same handful of rows, their outputs side by side: on a CPU in
+    fp32 one product with a copy of their weights in the blocked order of oneDNN, which is faster
+    for few rows; elsewhere the layers themselves.
     """
-    weight = layer.weight
+    weight = layers[0].weight
     if weight.is_cuda or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        return layer
-    blocked = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS_AT_ONCE)
-    multiply = torch.ops.mkldnn._linear_pointwise
-    return lambda x_ND: multiply(x_ND, blocked, layer.bias, "none", [], "")
+        if len(layers) == 1:
+            return layers[0]
+        return lambda x_ND: torch.cat([layer(x_ND) for layer in layers], dim=-1)
+    weight = torch.cat([layer.weight.detach() for layer in layers])
+    bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
+    blocked = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_AT_ONCE)
+    return lambda x_ND: torch.ops.mkldnn._linear_pointwise(x_ND, blocked, bias, "none", [], "")
 
 
 def _column(numbers, device):
@@ -849,6 +852,5 @@ def _bias(seen_NL, dtype):
 
 
 def _rotate(x_NHE, cos, sin):
-    """Rotary embedding in the half-split layout of Qwen."""
-    a, b = x_NHE.chunk(2, dim=-1)
-    return x_NHE * cos + torch.cat([-b, a], dim=-1) * sin
+    """Rotary embedding in the half-split layout of Qwen; the first half of `sin` is negative."""
+    return torch.addcmul(x_NHE * cos, x_NHE.roll(x_NHE.shape[-1] // 2, -1), sin)
