@@ -13,8 +13,10 @@ anew; policy and reference on G padded rows with the pixels repeated, full logit
 by row. Twice it is kinder than they are: its forwards are handed their positions, and generate() of
 today repeats the vision tower's output where older ones ran the tower G times. `ours` is train.py's
 step. Both sample rows to their full length (EOS is banned) and end in AdamW at learning rate 0, so
-that all repeats meet the same weights; part by part they take turns. Our laps are short, and so
-the noisier: ours goes two more, and a repeat counts the median of each part.
+that all repeats meet the same weights. Part by part they take turns: ours, the usual way, ours;
+the mean of our two laps counts, so that a steady drift of the machine's speed falls out. On a CPU
+the process keeps the memory it frees, as CUDA's allocator does: glibc would hand large blocks back
+to the kernel and fault in every page at the next use, to the usual way's loss most of all.
 
 A cell is how many times faster, (smallest..largest over the repeats), / the limit that counting
 tokens sets. The usual way runs at the first two failure rates given, 0 and 50 %; the rest follows:
@@ -38,7 +40,7 @@ import sys
 import time
 from copy import deepcopy
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from types import SimpleNamespace
 
 import torch
@@ -51,7 +53,6 @@ from model import Student, cuda_graph, flash_attn_varlen_func, mrope
 
 HEADER, PATCH = 5, 75  # tokens of a header, and of the patch before it in a repair
 BETA, TOP_P = 0.04, 0.95
-OURS_AGAIN = 2  # further laps of ours in a repeat
 FORBIDDEN = list(range(tiny.IMAGE, tiny.EOS + 2))  # vision tokens and EOS
 SMALL = (512, 1408, 4, 8, 2, 8192), (160, 432, 3, 4, [2])
 LARGE = 1280, 3420, 32, 16, [7, 15, 23, 31]
@@ -307,23 +308,25 @@ def machine(models, tokens):
             "bytes": 2 * x.numel() * x.element_size() / median(lap["copy"] for lap in laps)}
 
 
+def keep_freed_memory():
+    """malloc: no block of its own mapping, no trimming."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-4, 0)  # M_MMAP_MAX
+    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+
+
 def measure(models, prefix, C, rates, repeats, seed):
     """{way: {failure rate: [{part: seconds} of each repeat]}}, and the machine's speed."""
     laps, speeds = {name: {f: [] for f in rates} for name in WAYS}, []
     for repeat, f in itertools.product(range(repeats), rates):
-        names = sorted(WAYS, reverse=repeat % 2 == 0) if f in rates[:2] else ["ours"]
+        names = ["ours", "usual", "ours"] if f in rates[:2] else ["ours", "ours"]
         meters = [Meter(models.device) for _ in names]
         ways = [WAYS[name](models, prefix, seed + repeat) for name in names]
         for _ in itertools.zip_longest(*(step(w, C, f, m) for w, m in zip(ways, meters))):
             pass
-        for name, meter in zip(names, meters):
-            laps[name][f].append(meter.of)
-        again = [Meter(models.device) for _ in range(OURS_AGAIN)]
-        for meter in again:
-            list(step(Ours(models, prefix, seed + repeat), C, f, meter))
-        last = laps["ours"][f][-1]
-        last |= {part: median(lap[part] for lap in (last, *(meter.of for meter in again)))
-                 for part in last}
+        for name in set(names):
+            mine = [meter.of for meter, other in zip(meters, names) if other == name]
+            laps[name][f].append({part: mean(lap[part] for lap in mine) for part in mine[0]})
         speeds.append(machine(models, len(prefix.ids) + models.G * C))
     for f in rates[2:]:
         more = round(f * models.G) / round(rates[1] * models.G)
@@ -428,25 +431,26 @@ def column(models, prefix, C, laps, speeds, prefilled):
     failed = lambda f: f"{100 * f:.0f} % failed"
     show = lambda values, digits=2: ", ".join(f"{n:.{digits}f}" for n in values)
 
-    def faster(row, f, part, limit=None):
-        each = [decode(b) / decode(a) if part == "decode" else a[part] / b[part]
-                for a, b in zip(usual[f], ours[f])]
+    def faster(row, rates, part, limit=None):
+        laps = [pair for f in rates for pair in zip(usual[f], ours[f])]
+        each = [decode(b) / decode(a) if part == "decode" else a[part] / b[part] for a, b in laps]
         cells[row] = f"{median(each):.2f} ({min(each):.2f}..{max(each):.2f})"
         cells[row] += f" / {limit:.2f}" if limit else ""
 
-    faster("prefill", rates[0], "prefill", G * (P + HEADER) / (P + G * HEADER))
-    faster("decode, tokens/s", rates[0], "decode")
+    faster("prefill", rates[:2], "prefill", G * (P + HEADER) / (P + G * HEADER))
+    faster("decode, tokens/s", rates[:2], "decode")
     for f in sorted(f for f in rates if f):
-        faster(f"repair, {failed(f)}", f, "repair")
+        faster(f"repair, {failed(f)}", [f], "repair")
     cells["tokens prefilled per repair: usual, ours"] = show(prefilled, 0)
     for part, f in itertools.product(("reference", "update"), rates[:2]):
         suffixes = [S + PATCH * (g < round(f * G)) for g in range(G)]
         limit = G * (P + max(suffixes)) / (P + sum(suffixes))
-        faster(f"{part}, {failed(f)}", f, part, limit)
+        faster(f"{part}, {failed(f)}", [f], part, limit)
     for f in sorted(rates):
-        faster(f"whole step, {failed(f)}", f, "step")
+        faster(f"whole step, {failed(f)}", [f], "step")
     cells[f"step, {failed(max(rates))} over {failed(min(rates))}: usual, ours"] = show(
-        of(way, max(rates), "step") / of(way, min(rates), "step") for way in both)
+        median(more["step"] / less["step"] for more, less in zip(way[max(rates)], way[min(rates)]))
+        for way in both)
     work = [operations(models, prefix, [(P + S, 0)] * G, G * (P + S), G),
             operations(models, prefix, [(P, 0)] + [(S, P)] * G, G * C, 1)]
     for part, times in (("reference", 1), ("update", 3)) if rates[0] == 0 else ():
@@ -473,7 +477,7 @@ def parse(argv):
     add("--memory", default="1250x200", help="shapes whose peak memory is measured; '': none")
     add("--failures", default="0,0.5,0.75", help="shares of failed tries")
     add("--rollouts", type=int, default=8, help="G")
-    add("--repeats", type=int, default=3)
+    add("--repeats", type=int, default=5)
     add("--threads", type=int, default=os.cpu_count(), help="of torch")
     add("--seed", type=int, default=0)
     add("--recompute", action="store_true", help="activation checkpointing, in both ways")
@@ -512,6 +516,8 @@ def main(argv):
         table[P, C] |= {f"peak memory, {part}: ours / usual":
                         f"{bytes_of['ours'][part] / bytes_of['usual'][part]:.2f}"
                         for part in ("update", "step")}
+    if flags.device == "cpu":
+        keep_freed_memory()
     models = make_models(flags)
     prefixes = {P: make_prefix(flags.model, P) for P, _ in shapes}
     found["same"] = same = {P: verify(models, prefix) for P, prefix in prefixes.items()}
