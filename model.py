@@ -671,13 +671,13 @@ class DecodeRows:
 
     A prefix's keys and values stand once, whatever the number of its rows: the queries of all its
     rows meet them in one product. A row's own slots are [suffix, padded | completion], so that a
-    step writes the same slot of all (`own`: per layer keys and values [2, N, K, L, E]); one softmax
+    step writes the same slot of all (`own`: per layer keys and values [2, n, L, E]); one softmax
     runs over prefix and own slots.
 
     `record` (cuda_graph) makes a step's kernels, on slots whose number then is fixed for many
     steps, into a function that repeats them; without it a step sees just the slots in use.
 
-    Dimensions: R rows of the prompt that has most, g query heads of one key head.
+    Dimensions: R rows of the prompt that has most, g query heads of one key head, b = B K, n = N K.
     """
 
     def __init__(self, model, cache, tree, ends, max_completion, record=None):
@@ -687,8 +687,11 @@ class DecodeRows:
         self.at_1 = self.slots_L[:1].clone()
         self.embed, self.norm, self.base = text.embed_tokens, text.norm, max(lengths)
         self.layers = [_modules(layer, cache.linear) for layer in text.layers]
-        self.prefixes = list(zip(cache.keys, cache.values))
-        self.own = [F.pad(torch.stack(pair), (0, 0, 0, max_completion)) for pair in tree.store]
+        self.key_heads = cache.keys[0].shape[1]
+        self.prefixes = [(keys.flatten(0, 1), values.flatten(0, 1))
+                         for keys, values in zip(cache.keys, cache.values)]
+        self.own = [F.pad(torch.stack(pair).flatten(1, 2), (0, 0, 0, max_completion))
+                    for pair in tree.store]
         self.prefix_bias = self.own_bias = None
         dtype = cache.keys[0].dtype
         if len(set(cache.lengths)) > 1:
@@ -707,7 +710,7 @@ class DecodeRows:
     def keep(self, rows):
         """Go on with these rows only."""
         self.recorded = 0
-        self.own = [own[:, rows] for own in self.own]
+        self.own = [self._some(own, rows, 1) for own in self.own]
         self.own_bias = None if self.own_bias is None else self.own_bias[rows]
         self.cos_NC1E, self.sin_NC1E = self.cos_NC1E[rows], self.sin_NC1E[rows]
         self._place([self.owners[n] for n in rows.tolist()])
@@ -717,7 +720,8 @@ class DecodeRows:
         self.owners, live = owners, sorted(set(owners))
         if live != self.prompts:
             kept = torch.tensor([self.prompts.index(b) for b in live], device=self.own[0].device)
-            self.prefixes = [(keys[kept], values[kept]) for keys, values in self.prefixes]
+            self.prefixes = [(self._some(keys, kept), self._some(values, kept))
+                             for keys, values in self.prefixes]
             self.prefix_bias = None if self.prefix_bias is None else self.prefix_bias[kept]
             self.prompts = live
         rows = [[n for n, owner in enumerate(owners) if owner == b] for b in live]
@@ -728,33 +732,40 @@ class DecodeRows:
             device = self.own[0].device
             self.grid, self.back = (torch.tensor(x, device=device) for x in (grid, back))
 
-    def _together(self, x_NKgE):
-        """Rows of one prompt side by side: [B, K, R g, E]."""
-        x = x_NKgE if self.grid is None else x_NKgE.index_select(0, self.grid)
-        return x.unflatten(0, (len(self.prompts), -1)).transpose(1, 2).flatten(2, 3)
+    def _some(self, x, chosen, dim=0):
+        """All heads of the chosen rows or prompts, that lie side by side in dimension `dim`."""
+        x = x.unflatten(dim, (-1, self.key_heads))
+        return x.index_select(dim, chosen).flatten(dim, dim + 1)
 
-    def _apart(self, x_BKrE, g):
-        """Back to rows: [N, K, g, E]."""
-        x = x_BKrE.unflatten(2, (-1, g)).transpose(1, 2).flatten(0, 1)
-        return x if self.back is None else x.index_select(0, self.back)
+    def _together(self, x_ngE):
+        """Rows of one prompt side by side: [B K, R g, E]."""
+        x = x_ngE.unflatten(0, (-1, self.key_heads))
+        x = x if self.grid is None else x.index_select(0, self.grid)
+        return x.unflatten(0, (len(self.prompts), -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+    def _apart(self, x_brE, g):
+        """Back to rows: [N K, g, E]."""
+        x = x_brE.unflatten(0, (-1, self.key_heads)).unflatten(2, (-1, g)).transpose(1, 2)
+        x = x if self.back is None else x.flatten(0, 1).index_select(0, self.back)
+        return x.flatten(0, -3)
 
     def _attend(self, q_NHE, layer, slots, own_bias):
         """softmax(q kᵀ / √E) v over [prefix, own slots] of every row: [N, H E]."""
-        keys_BKPE, values_BKPE = self.prefixes[layer]
-        keys_NKLE, values_NKLE = self.own[layer][..., :slots, :]
-        K, P = keys_BKPE.shape[1:3]
-        q_NKgE = (q_NHE * q_NHE.shape[-1] ** -0.5).unflatten(1, (K, -1))
-        prefix_BKrP = self._together(q_NKgE) @ keys_BKPE.transpose(-1, -2)
-        own_NKgL = q_NKgE @ keys_NKLE.transpose(-1, -2)
+        (keys_bPE, values_bPE), (keys_nLE, values_nLE) = self.prefixes[layer], self.own[layer]
+        keys_nLE, values_nLE = keys_nLE[:, :slots], values_nLE[:, :slots]
+        (N, H, E), P = q_NHE.shape, keys_bPE.shape[1]
+        q_ngE = (q_NHE * E ** -0.5).view(len(keys_nLE), -1, E)
+        prefix_brP = torch.bmm(self._together(q_ngE), keys_bPE.transpose(1, 2))
+        own_ngL = torch.bmm(q_ngE, keys_nLE.transpose(1, 2))
         if self.prefix_bias is not None:
-            prefix_BKrP += self.prefix_bias
+            prefix_brP.unflatten(0, (-1, self.key_heads)).add_(self.prefix_bias)
         if own_bias is not None:
-            own_NKgL += own_bias
-        scores = torch.cat([prefix_BKrP, self._together(own_NKgL)], dim=-1)
+            own_ngL.unflatten(0, (N, -1)).add_(own_bias)
+        scores = torch.cat([prefix_brP, self._together(own_ngL)], dim=-1)
         p = scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
-        out_NKgE = self._apart(p[..., :P] @ values_BKPE, q_NKgE.shape[2])
-        own_NKgE = self._apart(p[..., P:], q_NKgE.shape[2]) @ values_NKLE
-        return (out_NKgE + own_NKgE).flatten(1)
+        out_ngE = self._apart(torch.bmm(p[..., :P], values_bPE), q_ngE.shape[1])
+        own_ngL = self._apart(p[..., P:], q_ngE.shape[1])
+        return torch.baddbmm(out_ngE, own_ngL, values_nLE).view(N, H * E)
 
     def step(self, token_N, t):
         """Hidden states [N, D] after the t-th completion token of every row."""
@@ -770,7 +781,7 @@ class DecodeRows:
 
     def _forward(self, token_N, slots):
         """Write the tokens' keys and values at slot `at_1` and attend to the first `slots`."""
-        x_ND, E = self.embed(token_N), self.cos_NC1E.shape[-1]
+        x_ND, E, K = self.embed(token_N), self.cos_NC1E.shape[-1], self.key_heads
         cos_N1E, sin_N1E = (x.index_select(1, self.at_1 - self.base)[:, 0]
                             for x in (self.cos_NC1E, self.sin_NC1E))
         bias = self.own_bias if self.own_bias is None else self.own_bias[..., :slots]
@@ -778,13 +789,13 @@ class DecodeRows:
             bias = bias.masked_fill(self.slots_L[:slots] > self.at_1, float("-inf"))
         for layer, (norm1, qkv, q_norm, k_norm, out, norm2, gate_up, act, down) in \
                 enumerate(self.layers):
-            y_NHE, K = qkv(norm1(x_ND)).unflatten(-1, (-1, E)), self.own[layer].shape[2]
+            y_NHE = qkv(norm1(x_ND)).unflatten(-1, (-1, E))
             H = y_NHE.shape[1] - 2 * K  # heads of queries, then of keys, then of values
             if q_norm is not None:
                 y_NHE[:, :H], y_NHE[:, H:-K] = q_norm(y_NHE[:, :H]), k_norm(y_NHE[:, H:-K])
             y_NHE[:, :-K] = _rotate(y_NHE[:, :-K], cos_N1E, sin_N1E)
-            own_2NKE = y_NHE[:, H:].unflatten(1, (2, K)).transpose(0, 1)
-            self.own[layer].index_copy_(3, self.at_1, own_2NKE[..., None, :])
+            own_2n1E = y_NHE[:, H:, None].unflatten(1, (2, K)).transpose(0, 1).flatten(1, 2)
+            self.own[layer].index_copy_(2, self.at_1, own_2n1E)
             x_ND = x_ND + out(self._attend(y_NHE[:, :H], layer, slots, bias))
             gate_NI, up_NI = gate_up(norm2(x_ND)).chunk(2, dim=-1)
             x_ND = x_ND + down(act(gate_NI) * up_NI)
