@@ -473,7 +473,7 @@ def make_optimizer(student, config):
     trained = [p for p in student.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, fused=student.device.type == "cuda")
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
 # ---------------------------------------------------------------------------------------------

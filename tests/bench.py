@@ -110,7 +110,7 @@ def make_models(flags):
         student.to(device).banned = torch.tensor(FORBIDDEN, device=device)
         student.record = cuda_graph if flags.cuda_graphs else None
         setattr(models, "ours" + name, student)
-    models.optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=0.01, fused=cuda)
+    models.optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=0.01, fused=True)
     return models
 
 
@@ -477,7 +477,7 @@ def parse(argv):
     add("--memory", default="1250x200", help="shapes whose peak memory is measured; '': none")
     add("--failures", default="0,0.5,0.75", help="shares of failed tries")
     add("--rollouts", type=int, default=8, help="G")
-    add("--repeats", type=int, default=5)
+    add("--repeats", type=int, default=4)
     add("--threads", type=int, default=os.cpu_count(), help="of torch")
     add("--seed", type=int, default=0)
     add("--recompute", action="store_true", help="activation checkpointing, in both ways")
