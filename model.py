@@ -459,7 +459,7 @@ class Student(nn.Module):
         lengths, features = [len(p.ids) for p in prefixes], self.features(prefixes)
         tree = Tree(lengths, [], [], self.device, store=[])
         self.hidden(ids_T, positions_3T, features, tree)
-        keys, values = (list(x) for x in zip(*tree.store))
+        keys, values = ([x.contiguous() for x in layers] for layers in zip(*tree.store))
         return Cache(lengths, ends, keys, values, features if self.freeze_vision else None)
 
     @torch.no_grad()
