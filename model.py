@@ -38,7 +38,7 @@ try:
 except ImportError:  # flash-attn needs CUDA to build; torch's own fused attention serves without it
     flash_attn_varlen_func = None
 
-LOGITS_AT_ONCE = 2**21  # elements of fp32 logits held at a time, but no fewer rows than these:
+LOGITS_AT_ONCE = 2**23  # elements of fp32 logits held at a time, but no fewer rows than these:
 ROWS_OF_LOGITS = 256  # 150 MiB for Qwen's vocabulary
 ROWS_AT_ONCE = 8  # rows that the packed weights of a CPU are laid out for; others work as well
 RECORDED_SLOTS = 256  # a recorded decode step attends to a multiple of so many of a row's own slots
@@ -193,8 +193,8 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, tree
         k_BKPE, v_BKPE = (x[module.layer_idx] for x in (tree.cache.keys, tree.cache.values))
     if N:
         q_NHSE, k_NKSE, v_NKSE = (_pad(x[:, T_P:], N, tree.suffix_pad) for x in (q, k, v))
-        k_NKLE = torch.cat([k_BKPE[tree.owners], k_NKSE], dim=2)
-        v_NKLE = torch.cat([v_BKPE[tree.owners], v_NKSE], dim=2)
+        k_NKLE, v_NKLE = (torch.cat([prefix.index_select(0, tree.owners), suffix], dim=2)
+                          for prefix, suffix in ((k_BKPE, k_NKSE), (v_BKPE, v_NKSE)))
         out = grouped_attention(q_NHSE, k_NKLE, v_NKLE, scaling, tree.mask)
         parts.append(_unpad(out, tree.suffix_unpad))
     if tree.store is not None:
@@ -412,7 +412,7 @@ class Student(nn.Module):
         for row, completion in zip(rows, completions):
             start += len(row.ids)
             index.append(torch.arange(start - len(completion), start) - 1)  # predicted one before
-        hidden_CD = hidden_TD[torch.cat(index).to(self.device)]
+        hidden_CD = hidden_TD.index_select(0, torch.cat(index).to(self.device))
         targets_C = torch.cat([c.to(self.device) for c in completions])
         head = self.model.lm_head.weight
         if support is not None:
@@ -508,6 +508,7 @@ class Student(nn.Module):
             hidden_ND = rows.step(token_n, t)
         return completions
 
+    @torch.inference_mode()
     def _draw(self, logits_NV, uniform_N, temperature, top_p):
         """One token per row: inverse of the cumulative distribution at `uniform`, over the top-p
         set without banned ids. temperature 0: the likeliest.
@@ -520,7 +521,7 @@ class Student(nn.Module):
         else:
             p_NV = allowed_NV.softmax(-1)
             if top_p < 1:
-                p_NV *= p_NV >= nucleus(p_NV, top_p)
+                p_NV *= p_NV.clone().ge_(nucleus(p_NV, top_p))  # in fp32: faster than as bools
             mass_NV = p_NV.cumsum(-1)
             total_N1 = mass_NV[:, -1:]
             target_N1 = uniform_N[:, None] * total_N1  # below the total, also after rounding
@@ -587,11 +588,11 @@ class TokenLogp(torch.autograd.Function):
     def forward(ctx, hidden_CD, weight_VD, targets_C, temperature, entropy):
         lse_C, logp_C, entropy_C = hidden_CD.new_zeros(3, len(hidden_CD), dtype=torch.float32)
         for part in _chunks(len(hidden_CD), len(weight_VD)):
-            logits_cV = F.linear(hidden_CD[part], weight_VD).float().div_(temperature)
+            logits_cV = _logits(hidden_CD[part], weight_VD, temperature)
             lse_C[part] = logits_cV.logsumexp(-1)
-            logp_cV = logits_cV.sub_(lse_C[part, None])
-            logp_C[part] = logp_cV.gather(-1, targets_C[part, None])[:, 0]
+            logp_C[part] = logits_cV.gather(-1, targets_C[part, None])[:, 0] - lse_C[part]
             if entropy:
+                logp_cV = logits_cV.sub_(lse_C[part, None])
                 entropy_C[part] = -(logp_cV.exp().mul_(logp_cV)).sum(-1)
         ctx.save_for_backward(hidden_CD, weight_VD, targets_C, lse_C)
         ctx.temperature = temperature
@@ -603,15 +604,21 @@ class TokenLogp(torch.autograd.Function):
         hidden_CD, weight_VD, targets_C, lse_C = ctx.saved_tensors
         dhidden_CD = torch.empty_like(hidden_CD)
         dweight_VD = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
+        scale_C1 = (dlogp_C / ctx.temperature)[:, None]
         for part in _chunks(len(hidden_CD), len(weight_VD)):
-            dlogits_cV = F.linear(hidden_CD[part], weight_VD).float().div_(ctx.temperature)
-            dlogits_cV.sub_(lse_C[part, None]).exp_().mul_(-dlogp_C[part, None])  # −dlogp softmax l
-            dlogits_cV.scatter_add_(-1, targets_C[part, None], dlogp_C[part, None])
-            dlogits_cV = dlogits_cV.div_(ctx.temperature).to(hidden_CD.dtype)
+            logits_cV = _logits(hidden_CD[part], weight_VD, ctx.temperature)
+            dlogits_cV = logits_cV.sub_(lse_C[part, None]).exp_().mul_(-scale_C1[part])
+            dlogits_cV.scatter_add_(-1, targets_C[part, None], scale_C1[part])
+            dlogits_cV = dlogits_cV.to(hidden_CD.dtype)
             dhidden_CD[part] = dlogits_cV @ weight_VD
             if dweight_VD is not None:
                 dweight_VD.addmm_(dlogits_cV.T, hidden_CD[part])
         return dhidden_CD, dweight_VD, None, None, None
+
+
+def _logits(hidden_CD, weight_VD, temperature):
+    logits_CV = F.linear(hidden_CD, weight_VD).float()
+    return logits_CV if temperature == 1 else logits_CV.div_(temperature)
 
 
 def _chunks(C, V):
@@ -739,15 +746,17 @@ class DecodeRows:
 
     def _together(self, x_ngE):
         """Rows of one prompt side by side: [B K, R g, E]."""
-        x = x_ngE.unflatten(0, (-1, self.key_heads))
+        (n, g, E), B, K = x_ngE.shape, len(self.prompts), self.key_heads
+        x = x_ngE.view(n // K, K, g, E)
         x = x if self.grid is None else x.index_select(0, self.grid)
-        return x.unflatten(0, (len(self.prompts), -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        return x.view(B, -1, K, g, E).transpose(1, 2).reshape(B * K, -1, E)
 
     def _apart(self, x_brE, g):
         """Back to rows: [N K, g, E]."""
-        x = x_brE.unflatten(0, (-1, self.key_heads)).unflatten(2, (-1, g)).transpose(1, 2)
+        (b, r, E), K = x_brE.shape, self.key_heads
+        x = x_brE.view(b // K, K, r // g, g, E).transpose(1, 2)
         x = x if self.back is None else x.flatten(0, 1).index_select(0, self.back)
-        return x.flatten(0, -3)
+        return x.reshape(-1, g, E)
 
     def _attend(self, q_NHE, layer, slots, own_bias):
         """softmax(q kᵀ / √E) v over [prefix, own slots] of every row: [N, H E]."""
@@ -767,6 +776,7 @@ class DecodeRows:
         own_ngL = self._apart(p[..., P:], q_ngE.shape[1])
         return torch.baddbmm(out_ngE, own_ngL, values_nLE).view(N, H * E)
 
+    @torch.inference_mode()  # without autograd's bookkeeping, which takes time even unused
     def step(self, token_N, t):
         """Hidden states [N, D] after the t-th completion token of every row."""
         self.at_1.fill_(self.base + t)
@@ -782,6 +792,7 @@ class DecodeRows:
     def _forward(self, token_N, slots):
         """Write the tokens' keys and values at slot `at_1` and attend to the first `slots`."""
         x_ND, E, K = self.embed(token_N), self.cos_NC1E.shape[-1], self.key_heads
+        N = len(x_ND)
         cos_N1E, sin_N1E = (x.index_select(1, self.at_1 - self.base)[:, 0]
                             for x in (self.cos_NC1E, self.sin_NC1E))
         bias = self.own_bias if self.own_bias is None else self.own_bias[..., :slots]
@@ -789,12 +800,12 @@ class DecodeRows:
             bias = bias.masked_fill(self.slots_L[:slots] > self.at_1, float("-inf"))
         for layer, (norm1, qkv, q_norm, k_norm, out, norm2, gate_up, act, down) in \
                 enumerate(self.layers):
-            y_NHE = qkv(norm1(x_ND)).unflatten(-1, (-1, E))
+            y_NHE = qkv(norm1(x_ND)).view(N, -1, E)
             H = y_NHE.shape[1] - 2 * K  # heads of queries, then of keys, then of values
             if q_norm is not None:
                 y_NHE[:, :H], y_NHE[:, H:-K] = q_norm(y_NHE[:, :H]), k_norm(y_NHE[:, H:-K])
             y_NHE[:, :-K] = _rotate(y_NHE[:, :-K], cos_N1E, sin_N1E)
-            own_2n1E = y_NHE[:, H:, None].unflatten(1, (2, K)).transpose(0, 1).flatten(1, 2)
+            own_2n1E = y_NHE[:, H:].view(N, 2, K, E).transpose(0, 1).reshape(2, N * K, 1, E)
             self.own[layer].index_copy_(2, self.at_1, own_2n1E)
             x_ND = x_ND + out(self._attend(y_NHE[:, :H], layer, slots, bias))
             gate_NI, up_NI = gate_up(norm2(x_ND)).chunk(2, dim=-1)
