@@ -21,7 +21,7 @@ packed tokens, V vocabulary, D width, H query heads, K key-value heads, E head w
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ try:
 except ImportError:  # flash-attn needs CUDA to build; torch's own fused attention serves without it
     flash_attn_varlen_func = None
 
-LOGITS_AT_ONCE = 2**23  # elements of fp32 logits held at a time, but no fewer rows than these:
+LOGITS_AT_ONCE = 2**24  # elements of fp32 logits held at a time, but no fewer rows than these:
 ROWS_OF_LOGITS = 256  # 150 MiB for Qwen's vocabulary
 ROWS_AT_ONCE = 8  # rows that the packed weights of a CPU are laid out for; others work as well
 RECORDED_SLOTS = 256  # a recorded decode step attends to a multiple of so many of a row's own slots
@@ -91,37 +91,51 @@ class Tree:
         self.prefix_tokens = 0 if cache else sum(prefix_lengths)
         self.owners = torch.tensor(owners, dtype=torch.long, device=device)
         self.prefix_pad, self.prefix_unpad = _padding(prefix_lengths, device)
-        self.suffix_pad, self.suffix_unpad = _padding(suffix_lengths, device)
-        self.mask = self._suffix_mask(device) if suffix_lengths else None
         self.device = device
-        self._varlen = None
 
-    def _suffix_mask(self, device):
+    @cached_property
+    def runs(self):
+        """Rows to attend together, padded to the longest: all of them where their keys are stored,
+        else a new run where a row is longer than the run's first by a quarter.
+        """
+        cuts = [0] if self.suffix_lengths else []
+        for n, length in enumerate(self.suffix_lengths):
+            if self.store is None and length > 1.25 * self.suffix_lengths[cuts[-1]]:
+                cuts.append(n)
+        return [self._run(*bounds) for bounds in zip(cuts, [*cuts[1:], len(self.suffix_lengths)])]
+
+    def _run(self, first, last):
+        """Rows first..last: their tokens in the packed row, owners, mask, pad and unpad gathers."""
+        lengths, owners = self.suffix_lengths[first:last], self.owners[first:last]
+        start = self.prefix_tokens + sum(self.suffix_lengths[:first])
+        return (slice(start, start + sum(lengths)), owners, self._suffix_mask(max(lengths), owners),
+                *_padding(lengths, self.device))
+
+    def _suffix_mask(self, S, owners):
         """[N or 1, 1, S, P + S] bool: a suffix sees its prefix and itself up to its own token."""
-        P, S = max(self.prefix_lengths), max(self.suffix_lengths)
+        P, device = max(self.prefix_lengths), self.device
         causal_SS = torch.ones(S, S, dtype=torch.bool, device=device).tril()
         lengths_B1 = torch.tensor(self.prefix_lengths, device=device)[:, None]
         prefix_BP = torch.arange(P, device=device) < lengths_B1
-        seen_NP = prefix_BP[self.owners] if len(set(self.prefix_lengths)) > 1 else prefix_BP[:1]
+        seen_NP = prefix_BP[owners] if len(set(self.prefix_lengths)) > 1 else prefix_BP[:1]
         seen_NSP = seen_NP[:, None].expand(-1, S, -1)
         return torch.cat([seen_NSP, causal_SS.expand(len(seen_NSP), S, S)], dim=-1)[:, None]
 
+    @cached_property
     def varlen(self):
         """Cumulative and largest lengths of prefixes, suffixes and [prefix, suffix] pairs, and the
         gather that lays the keys of those pairs end to end: what variable-length kernels read.
         """
-        if self._varlen is None:
-            P, S, owners = self.prefix_lengths, self.suffix_lengths, self.owners.tolist()
-            L = [P[b] + s for b, s in zip(owners, S)]
-            P_cu, S_cu, L_cu = (torch.tensor([0] + lengths).cumsum(0) for lengths in (P, S, L))
-            keys = [torch.cat([torch.arange(P_cu[b], P_cu[b + 1]),
-                               torch.arange(S_cu[n], S_cu[n + 1]) + P_cu[-1]])
-                    for n, b in enumerate(owners)]
-            keys = torch.cat(keys).to(self.device) if keys else None
-            bounds = [(cu.to(self.device, torch.int32), max(lengths, default=0))
-                      for cu, lengths in ((P_cu, P), (S_cu, S), (L_cu, L))]
-            self._varlen = *bounds, keys
-        return self._varlen
+        P, S, owners = self.prefix_lengths, self.suffix_lengths, self.owners.tolist()
+        L = [P[b] + s for b, s in zip(owners, S)]
+        P_cu, S_cu, L_cu = (torch.tensor([0] + lengths).cumsum(0) for lengths in (P, S, L))
+        keys = [torch.cat([torch.arange(P_cu[b], P_cu[b + 1]),
+                           torch.arange(S_cu[n], S_cu[n + 1]) + P_cu[-1]])
+                for n, b in enumerate(owners)]
+        keys = torch.cat(keys).to(self.device) if keys else None
+        bounds = [(cu.to(self.device, torch.int32), max(lengths, default=0))
+                  for cu, lengths in ((P_cu, P), (S_cu, S), (L_cu, L))]
+        return *bounds, keys
 
 
 def _padding(lengths, device):
@@ -182,7 +196,7 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, tree
     if tree.cache is None and tree.store is None and q.is_cuda and q.dtype != torch.float32 and \
             module.config._attn_implementation == "prefix_tree_varlen":
         return tree_attention_varlen(q, k, v, scaling, tree)[None], None
-    T_P, B, N = tree.prefix_tokens, len(tree.prefix_lengths), len(tree.suffix_lengths)
+    T_P, B = tree.prefix_tokens, len(tree.prefix_lengths)
     parts = []
     if T_P:
         q_BHPE, k_BKPE, v_BKPE = (_pad(x[:, :T_P], B, tree.prefix_pad) for x in (q, k, v))
@@ -191,12 +205,12 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, tree
         parts.append(_unpad(out_BHPE.transpose(1, 2), tree.prefix_unpad))
     else:
         k_BKPE, v_BKPE = (x[module.layer_idx] for x in (tree.cache.keys, tree.cache.values))
-    if N:
-        q_NHSE, k_NKSE, v_NKSE = (_pad(x[:, T_P:], N, tree.suffix_pad) for x in (q, k, v))
-        k_NKLE, v_NKLE = (torch.cat([prefix.index_select(0, tree.owners), suffix], dim=2)
+    for tokens, owners, mask, pad, unpad in tree.runs:
+        q_NHSE, k_NKSE, v_NKSE = (_pad(x[:, tokens], len(owners), pad) for x in (q, k, v))
+        k_NKLE, v_NKLE = (torch.cat([prefix.index_select(0, owners), suffix], dim=2)
                           for prefix, suffix in ((k_BKPE, k_NKSE), (v_BKPE, v_NKSE)))
-        out = grouped_attention(q_NHSE, k_NKLE, v_NKLE, scaling, tree.mask)
-        parts.append(_unpad(out, tree.suffix_unpad))
+        out = grouped_attention(q_NHSE, k_NKLE, v_NKLE, scaling, mask)
+        parts.append(_unpad(out, unpad))
     if tree.store is not None:
         tree.store.append((k_BKPE, v_BKPE) if T_P else (k_NKSE, v_NKSE))
     return torch.cat(parts)[None], None
@@ -208,7 +222,7 @@ def tree_attention_varlen(q_HTE, k_KTE, v_KTE, scaling, tree, kernel=None):
     """
     kernel = kernel or varlen_kernel
     q, k, v = (x.transpose(0, 1) for x in (q_HTE, k_KTE, v_KTE))
-    (cu_P, P), (cu_S, S), (cu_L, L), keys = tree.varlen()
+    (cu_P, P), (cu_S, S), (cu_L, L), keys = tree.varlen
     T_P = tree.prefix_tokens
     out = [kernel(q[:T_P], k[:T_P], v[:T_P], cu_P, cu_P, P, P, scaling)]
     if tree.suffix_lengths:
@@ -403,15 +417,17 @@ class Student(nn.Module):
         lengths = [len(p.ids) for p in prefixes]
         P_ids, P_positions, ends = self.pack(prefixes, [0] * len(prefixes))
         rows = [_extended(suffix, ids.cpu()) for suffix, ids in zip(suffixes, completions)]
-        S_ids, S_positions, _ = self.pack(rows, [ends[b] for b in owners])
-        features = self._all_features(prefixes, suffixes, features)
-        tree = Tree(lengths, [len(r.ids) for r in rows], list(owners), self.device)
+        packed = sorted(range(len(rows)), key=lambda n: len(rows[n].ids))  # alike rows side by side
+        row_lengths, row_owners = [len(rows[n].ids) for n in packed], [owners[n] for n in packed]
+        S_ids, S_positions, _ = self.pack([rows[n] for n in packed], [ends[b] for b in row_owners])
+        features = self._all_features(prefixes, [suffixes[n] for n in packed], features)
+        tree = Tree(lengths, row_lengths, row_owners, self.device)
         positions_3T = torch.cat([P_positions, S_positions], dim=1)
         hidden_TD = self.hidden(torch.cat([P_ids, S_ids]), positions_3T, features, tree)
-        index, start = [], sum(lengths)
-        for row, completion in zip(rows, completions):
-            start += len(row.ids)
-            index.append(torch.arange(start - len(completion), start) - 1)  # predicted one before
+        index, end = [None] * len(rows), sum(lengths)
+        for n in packed:
+            end += len(rows[n].ids)
+            index[n] = torch.arange(end - len(completions[n]), end) - 1  # predicted one before
         hidden_CD = hidden_TD.index_select(0, torch.cat(index).to(self.device))
         targets_C = torch.cat([c.to(self.device) for c in completions])
         head = self.model.lm_head.weight
@@ -580,22 +596,24 @@ class TokenLogp(torch.autograd.Function):
     """Log-probs of the target tokens and entropies of their distributions, both fp32 [C].
 
     logp_c = l_{c,y_c} − logsumexp l_c with l = h Wᵀ / temperature, and for the backward
-    ∂logp_c/∂l_c = onehot(y_c) − softmax l_c, of logits computed anew: only some rows of [C, V] are
-    ever held, in fp32. The entropy has no gradient; without `entropy` it is left zero.
+    ∂logp_c/∂l_c = onehot(y_c) − softmax l_c. Only some rows of [C, V] are ever held, in fp32: the
+    backward begins with the last ones and computes those before anew. The entropy has no gradient;
+    without `entropy` it is left zero.
     """
 
     @staticmethod
     def forward(ctx, hidden_CD, weight_VD, targets_C, temperature, entropy):
         lse_C, logp_C, entropy_C = hidden_CD.new_zeros(3, len(hidden_CD), dtype=torch.float32)
         for part in _chunks(len(hidden_CD), len(weight_VD)):
-            logits_cV = _logits(hidden_CD[part], weight_VD, temperature)
-            lse_C[part] = logits_cV.logsumexp(-1)
-            logp_C[part] = logits_cV.gather(-1, targets_C[part, None])[:, 0] - lse_C[part]
+            logp_cV = None  # at most one chunk at a time
+            logp_cV = _logits(hidden_CD[part], weight_VD, temperature)
+            lse_C[part] = logp_cV.logsumexp(-1)
+            logp_cV.sub_(lse_C[part, None])
+            logp_C[part] = logp_cV.gather(-1, targets_C[part, None])[:, 0]
             if entropy:
-                logp_cV = logits_cV.sub_(lse_C[part, None])
                 entropy_C[part] = -(logp_cV.exp().mul_(logp_cV)).sum(-1)
         ctx.save_for_backward(hidden_CD, weight_VD, targets_C, lse_C)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.last_logp_cV = temperature, logp_cV
         ctx.mark_non_differentiable(entropy_C)
         return logp_C, entropy_C
 
@@ -605,11 +623,14 @@ class TokenLogp(torch.autograd.Function):
         dhidden_CD = torch.empty_like(hidden_CD)
         dweight_VD = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
         scale_C1 = (dlogp_C / ctx.temperature)[:, None]
-        for part in _chunks(len(hidden_CD), len(weight_VD)):
-            logits_cV = _logits(hidden_CD[part], weight_VD, ctx.temperature)
-            dlogits_cV = logits_cV.sub_(lse_C[part, None]).exp_().mul_(-scale_C1[part])
+        logp_cV, ctx.last_logp_cV = ctx.last_logp_cV, None
+        for part in reversed(_chunks(len(hidden_CD), len(weight_VD))):
+            if logp_cV is None:
+                logp_cV = _logits(hidden_CD[part], weight_VD, ctx.temperature)
+                logp_cV.sub_(lse_C[part, None])
+            dlogits_cV = logp_cV.exp_().mul_(-scale_C1[part])  # −dlogp softmax l
             dlogits_cV.scatter_add_(-1, targets_C[part, None], scale_C1[part])
-            dlogits_cV = dlogits_cV.to(hidden_CD.dtype)
+            dlogits_cV, logp_cV = dlogits_cV.to(hidden_CD.dtype), None
             dhidden_CD[part] = dlogits_cV @ weight_VD
             if dweight_VD is not None:
                 dweight_VD.addmm_(dlogits_cV.T, hidden_CD[part])
@@ -623,7 +644,7 @@ def _logits(hidden_CD, weight_VD, temperature):
 
 def _chunks(C, V):
     rows = max(ROWS_OF_LOGITS, LOGITS_AT_ONCE // V)
-    return [slice(start, start + rows) for start in range(0, C, rows)]
+    return [slice(start, start + rows) for start in range(0, max(C, 1), rows)]
 
 
 def nucleus(p_NV, top_p):

@@ -5,16 +5,16 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import model as model_module
-from model import Tree, grouped_attention, mrope, tree_attention_varlen
+from model import TokenLogp, Tree, grouped_attention, mrope, tree_attention_varlen
 from tiny import EOS, FAMILIES, IMAGE, VIDEO, image, plain_positions, separate_logits, text, tiny_student, video, words
 
 
 def forest(family):
-    """Three prompts (two videos of different sizes, one image), seven rollouts: headers, text
-    patches, an image patch.
+    """Three prompts (two videos of different sizes, one image), seven rollouts: headers, a text
+    patch, two image patches, the longer one first.
     """
     prefixes = [video(family, 4, 4, 4, 11), video(family, 6, 4, 8, 7), image(8, 4, 9)]
-    suffixes = [text(3), text(3), text(12, 1), image(4, 4, 5), text(3), text(9, 2), text(3)]
+    suffixes = [text(3), text(3), image(4, 8, 6), image(4, 4, 5), text(3), text(9, 2), text(3)]
     return prefixes, suffixes, [0, 0, 0, 0, 1, 1, 2]
 
 
@@ -51,7 +51,7 @@ def test_several_prompts_equal_one_at_a_time(family):
     """Catches: padding of a shorter prefix that leaks into another prompt's rollouts."""
     student = tiny_student(family)
     prefixes, suffixes, owners = forest(family)
-    completions = [words(n, n) for n in (5, 9, 7, 6, 4, 8, 3)]
+    completions = [words(n, n) for n in (50, 9, 7, 6, 4, 8, 3)]  # the first row packed last
     together, _ = student(prefixes, suffixes, owners, completions)
     apart = [student([prefixes[b]], [s], [0], [c])[0] for b, s, c in zip(owners, suffixes, completions)]
     assert (together - torch.cat(apart)).abs().max() < 1e-5
@@ -191,21 +191,27 @@ def test_top_p_and_temperature_follow_the_distribution():
     assert torch.allclose(logp[0], student.logits(hidden, 0.7)[0].log_softmax(-1)[tokens[0]], atol=1e-6)
 
 
-def test_logits_in_chunks_change_nothing(monkeypatch):
-    """Catches: log-probs or gradients that depend on how the vocabulary projection is cut."""
-    student = tiny_student("qwen2_5_vl")
-    prefixes, suffixes, owners = forest("qwen2_5_vl")
-    completions = [words(n, n) for n in (5, 9, 7, 6, 4, 8, 3)]
-    results = []
+@pytest.mark.parametrize("rows", [64, 5])
+def test_log_probs_and_their_gradients_equal_plain_ones(rows, monkeypatch):
+    """Catches: log-probs, entropies or gradients that depend on how the logits are cut into chunks, on which of them are
+    kept for the backward, or that miss the temperature.
+    """
     monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", 0)
-    for rows in (256, 5):  # everything at once; five rows at a time
-        monkeypatch.setattr(model_module, "ROWS_OF_LOGITS", rows)
-        student.zero_grad()
-        logp, entropy = student(prefixes, suffixes, owners, completions, entropy=True)
-        logp.sum().backward()
-        results.append((logp.detach(), entropy, student.model.lm_head.weight.grad.clone()))
-    for a, b in zip(*results):
-        assert torch.allclose(a, b, atol=1e-5)
+    monkeypatch.setattr(model_module, "ROWS_OF_LOGITS", rows)
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(n, 12, generator=generator).requires_grad_() for n in (23, 40))
+    targets, upstream = torch.randint(40, (23,), generator=generator), torch.randn(23, generator=generator)
+    logp, entropy = TokenLogp.apply(hidden, head, targets, 0.7, True)
+    grads = torch.autograd.grad(logp @ upstream, (hidden, head), retain_graph=True)
+    plain = (hidden @ head.T / 0.7).log_softmax(-1)
+    chosen = plain[torch.arange(23), targets]
+    assert torch.allclose(logp, chosen, atol=1e-5)
+    assert torch.allclose(entropy, -(plain.exp() * plain).sum(-1), atol=1e-5)
+    for a, b in zip(grads, torch.autograd.grad(chosen @ upstream, (hidden, head))):
+        assert torch.allclose(a, b, atol=1e-4)
+    again = torch.autograd.grad(logp @ upstream, (hidden, head))  # nothing kept is left by now
+    assert all(torch.allclose(a, b) for a, b in zip(grads, again))
+    assert TokenLogp.apply(hidden[:0], head, targets[:0], 0.7, False)[0].shape == (0,)
 
 
 def test_recomputed_activations_give_the_same_gradients():
