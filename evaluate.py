@@ -5,37 +5,35 @@
     python evaluate.py --benchmark vsibench --data test.jsonl --predictions P   loads no model
     python evaluate.py table RUN... --paper              Markdown over runs, the paper's rows beside
 
-benchmarks.py has the questions and the two conventions by which they are scored, `official` and
-`family`; results.py computes and prints. A run leaves config.json, questions.jsonl, answers.jsonl
-(answers-0.jsonl, ... of several processes), a line a question, and patched.jsonl and verdicts.jsonl
-where asked for; every figure is computed from these alone. A question whose file is missing or
-cannot be decoded is wrong, and is counted. Sampling depends on nothing but seed and question id, so
-not on the number of processes.
+benchmarks/questions.py has the questions and the two conventions by which they are scored,
+`official` and `family`; benchmarks/results.py computes and prints. A run leaves config.json,
+questions.jsonl, answers.jsonl (answers-0.jsonl, ... of several processes), a line a question, and
+patched.jsonl and verdicts.jsonl where asked for; every figure is computed from these alone. A
+question whose file is missing or cannot be decoded is wrong, and is counted. Sampling depends on
+nothing but seed and question id, so not on the number of processes.
 """
 
-import argparse
 import json
 import os
 import re
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks import TITLES, load, read, split_options, value
-from results import Run, digest, merged, read_run, report, table
+from benchmarks.questions import TITLES, Question, load, read, split_options, value
+from benchmarks.results import Run, digest, merged, read_run, report, table
 from reward import choice, parse_answer
-
-
-def flag(default, text, choices=None):
-    """A field of Config with its help."""
-    return field(default=default, metadata={"help": text, "choices": choices})
+from runs import (append, claim, end_processes, everyone, flag, leave, parse, rank, read_json,
+                  require, require_positive, start_processes, world_size, write_whole)
 
 
 @dataclass(frozen=True)
@@ -47,70 +45,56 @@ class Config:
     video_root: str = flag("", "folder of the videos")
     model: str = flag("", "checkpoint folder or hub name, or anthropic:NAME")
     predictions: str = flag("", "JSONL of id and text to score instead of asking a model")
-    output: str = flag("", "folder of the run (runs/BENCHMARK-MODEL-FRAMES-SEED)")
+    output: str = flag("", "folder of the run; empty: runs/BENCHMARK-MODEL-FRAMES-SEED")
     resume: bool = flag(False, "go on with the run in --output")
-    frames: int = flag(16, "frames of a video: 16, 32, 64")
-    max_pixels: int = flag(128 * 28 * 28, "pixels of a frame; Video-R1's own numbers: 200704")
+    frames: int = flag(16, "frames shown of a video")
+    max_pixels: int = flag(128 * 28 * 28, "most pixels of a frame; Video-R1's own numbers: 200704")
     temperature: float = flag(0.1, "sampling temperature; 0 is greedy")
-    top_p: float = flag(0.001, "nucleus of sampling")
-    max_completion: int = flag(1024, "tokens of one answer")
-    max_prompt: int = flag(32768, "tokens of one prompt; a question that may exceed it is refused")
-    seed: int = flag(0, "of the sampling")
+    top_p: float = flag(0.001, "share of the probability that sampling draws from")
+    max_completion: int = flag(1024, "most tokens of one answer")
+    max_prompt: int = flag(32768, "most tokens of a prompt; a longer question is refused")
+    seed: int = flag(0, "seed of the sampling")
     template: str = flag("", "file with the question's wording: {question} and {answer_format}")
-    subtitles: bool = flag(False, "LongVideoBench: with the lines spoken at the frames shown")
-    uncut: bool = flag(False, "MVBench: whole videos, as the family shows, not the seconds asked")
+    subtitles: bool = flag(False, "LongVideoBench: show the lines spoken at the frames shown")
+    uncut: bool = flag(False, "MVBench: show whole videos, as the family, not the seconds asked")
     question_only: bool = flag(False, "Video-MMMU: Adaptation without the lecture, for Δknowledge")
-    batch: int = flag(8, "questions answered together by one process")
-    with_patches: str = flag("", "then answer failed questions again with this teacher's patch",
+    batch: int = flag(8, "questions that one process answers together")
+    with_patches: str = flag("", "answer failed questions again, with this teacher's patch",
                              ("annotated", "anthropic"))
-    evidence: str = flag("text", "what of a patch the student sees", ("none", "text", "frames"))
+    evidence: str = flag("text", "how much of a patch the student sees", ("none", "text", "frames"))
     teacher_model: str = flag("claude-sonnet-5", "model asked by --with_patches anthropic")
     judge: str = flag("", "model that judges open MMVU answers and TempCompass' captions")
     api_url: str = flag("", "server that speaks the Messages API; empty: Anthropic's")
-    attention: str = flag("auto", "flash: the flash-attn package; sdpa: torch's own",
+    api_price: str = flag("", "dollars for a million tokens in and out, as in 3/15")
+    api_budget: float = flag(0.0, "dollars after which nothing more is asked; 0: no limit")
+    attention: str = flag("auto", "flash: the flash-attn package; sdpa: torch's own attention",
                           ("auto", "flash", "sdpa"))
     dtype: str = flag("auto", "compute type; auto: bfloat16 on CUDA, float32 elsewhere",
                       ("auto", "bfloat16", "float32"))
     cuda_graphs: bool = flag(False, "answer with CUDA graphs (not yet tried on a GPU)")
-    decode_workers: int = flag(2, "video decoding processes per rank")
-    decode_seconds: float = flag(60.0, "time limit for decoding one file")
+    decode_workers: int = flag(2, "processes of each rank that decode videos")
+    decode_seconds: float = flag(60.0, "time limit for decoding one file, in seconds")
     frame_cache: str = flag("", "folder of decoded frames; empty: none are kept")
 
 
 # Flags that do not change a plain answer, so that a run may go on with others; and a patched one.
 FREE = {"data", "video_root", "output", "resume", "batch", "with_patches", "evidence", "judge",
-        "teacher_model", "api_url", "cuda_graphs", "decode_workers", "decode_seconds",
-        "frame_cache"}
+        "teacher_model", "api_url", "api_price", "api_budget", "cuda_graphs", "decode_workers",
+        "decode_seconds", "frame_cache"}
 PATCHING = {"with_patches", "evidence", "teacher_model"}
 # Flags that name a row of the table; further ones are named where they are not the default.
 NAMING = ("max_pixels", "temperature", "top_p", "max_completion", "template", "subtitles", "uncut")
 
 
-def parse(argv):
-    """Command line to Config; an unknown flag is an error."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    for f in fields(Config):
-        kind = {"type": f.type, "choices": f.metadata["choices"]}
-        text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
-        parser.add_argument(f"--{f.name}", default=f.default, help=text,
-                            **({"action": "store_true"} if f.type is bool else kind))
-    return Config(**vars(parser.parse_args(argv)))
-
-
-def check(config):
+def check(config: Config) -> None:
     """Refuse settings that cannot work, each in one sentence naming the flag."""
-    def require(condition, sentence):
-        if not condition:
-            raise ValueError(sentence)
-
     for name in ("benchmark", "data"):
         require(getattr(config, name), f"--{name} is missing")
     require(bool(config.model) != bool(config.predictions),
             "one of --model and --predictions is needed, and not both")
     require(config.predictions or config.video_root, "--video_root is missing: the videos' folder")
-    for name in ("frames", "max_pixels", "max_completion", "max_prompt", "batch", "decode_seconds"):
-        given = getattr(config, name)
-        require(given > 0, f"--{name} must be positive, got {given}")
+    require_positive(config, "frames", "max_pixels", "max_completion", "max_prompt", "batch",
+                     "decode_seconds")
     require(config.frames % 2 == 0, f"--frames must be even, got {config.frames}")
     require(config.temperature >= 0 and 0 < config.top_p <= 1,
             "--temperature must be 0 or more and --top_p in (0, 1]")
@@ -118,23 +102,25 @@ def check(config):
                             ("question_only", "videommmu")):
         require(not getattr(config, name) or config.benchmark == benchmark,
                 f"--{name} is for --benchmark {benchmark}")
+    require(config.api_price or not config.api_budget,
+            "--api_budget is in dollars and needs --api_price IN/OUT")
     api = config.model.startswith("anthropic:")
     require(not (config.with_patches and (api or config.predictions)),
             "--with_patches needs a student, --model with a checkpoint")
     require(not (api and "RANK" in os.environ), "--model anthropic: runs without torchrun")
     asking = [flag_ for flag_, on in (("--model anthropic:", api), ("--judge", config.judge), (
         "--with_patches anthropic", config.with_patches == "anthropic")) if on]
-    require(not asking or os.environ.get("ANTHROPIC_API_KEY"),
-            f"{' and '.join(asking)} needs ANTHROPIC_API_KEY to be set (any word will do for a "
-            "server of your own without keys)")
+    if asking:
+        from teacher import api_key
+        api_key(" and ".join(asking))
 
 
 # ---------------------------------------------------------------------------------------------
 # The folder of a run
 
 
-def settings(config):
-    """The flags as config.json keeps them, with the label of the run's row in a table.
+def settings(config: Config) -> dict:
+    """Return the flags as config.json keeps them, with the label of the run's row in a table.
 
     Model, frames, and the naming flags that are not at their defaults.
     """
@@ -145,28 +131,23 @@ def settings(config):
     return {**asdict(config), "label": label}
 
 
-def open_run(config, questions):
+def open_run(config: Config, questions: list[Question]) -> None:
     """Start the folder of a run or, with --resume, see that it holds the same questions."""
     folder, written = Path(config.output), []
     for q in questions:
         row = {name: v for name, v in asdict(q).items() if name not in ("media", "evidence")}
         written.append(json.dumps(row) + "\n")
+    claim(folder, "questions.jsonl", config.resume)
     if (folder / "questions.jsonl").exists():
-        if not config.resume:
-            raise ValueError(f"--output {folder} already holds a run: add --resume to go on with "
-                             "it, or name another folder")
-        before = json.loads((folder / "config.json").read_text())
+        before = read_json(folder / "config.json")
         fixed = PATCHING if any(folder.glob("patched*.jsonl")) else set()
         for name, now in asdict(config).items():
-            if before.get(name) != now and (name not in FREE or name in fixed):
-                raise ValueError(f"--{name} {now}: the run in {folder} has {before.get(name)}")
-        if (folder / "questions.jsonl").read_text() != "".join(written):
-            raise ValueError(f"--data: the run in {folder} was about other questions")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(settings(config), indent=1))
-    whole = folder / "questions.partial"  # renamed, so that the file is complete or absent
-    whole.write_text("".join(written))
-    whole.rename(folder / "questions.jsonl")
+            require(before.get(name) == now or name in FREE and name not in fixed,
+                    f"--{name} {now}: the run in {folder} has {before.get(name)}")
+        require((folder / "questions.jsonl").read_text(encoding="utf-8") == "".join(written),
+                f"--data: the run in {folder} was about other questions")
+    write_whole(folder / "config.json", json.dumps(settings(config), indent=1))
+    write_whole(folder / "questions.jsonl", "".join(written))
 
 
 class Lines:
@@ -179,13 +160,13 @@ class Lines:
             os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         self.file = open(path, "a", buffering=1)
         self.benchmark, self.known, self.values = config.benchmark, known, []
-        self.bar = tqdm(total=len(mine), desc=f"{config.benchmark} {name}",
-                        disable=os.environ.get("RANK", "0") != "0")
+        self.bar = tqdm(total=len(mine), desc=f"{config.benchmark} {name}", disable=rank() != 0)
         for q in mine:
             if q.id in known and not known[q.id].get("error"):
                 self._show(q, known[q.id]["text"])
 
-    def __call__(self, q, text="", **facts):
+    def __call__(self, q: Question, text: str = "", **facts: Any) -> None:
+        """Write a question's row, unless it stands there, and show it in the bar."""
         row = {"id": q.id, "text": text, **facts}
         if self.known.get(q.id) != row:
             self.file.write(json.dumps(row) + "\n")
@@ -198,7 +179,8 @@ class Lines:
             self.bar.set_postfix_str(f"acc {np.mean(self.values):.3f}", refresh=False)
         self.bar.update()
 
-    def close(self):
+    def close(self) -> None:
+        """End the bar and the file."""
         self.bar.close()
         self.file.close()
 
@@ -207,42 +189,16 @@ class Lines:
 # Answers of a student
 
 
-def start_processes(config):
-    """This process's device and compute type; torch.distributed where torchrun asks for it.
-
-    A process waits at the end for the slowest one, however long that takes.
-    """
-    import torch
-    import torch.distributed as dist
-    cuda = torch.cuda.is_available()
-    if config.cuda_graphs and not cuda:
-        raise ValueError("--cuda_graphs needs a CUDA device")
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=30))
-    name = ("bfloat16" if cuda else "float32") if config.dtype == "auto" else config.dtype
-    return device, getattr(torch, name)
+def make_loader(config: Config, factor: int) -> Any:
+    """Return the decoder of the videos, for sides that are multiples of `factor`."""
+    from video import ClipLoader, FrameCache
+    cache = FrameCache(config.frame_cache) if config.frame_cache else None
+    return ClipLoader(config.frames, config.max_pixels, factor, cache=cache,
+                      workers=config.decode_workers, time_limit=config.decode_seconds)
 
 
-def meet():
-    """Wait until every process is here."""
-    if "RANK" in os.environ:
-        import torch.distributed as dist
-        dist.all_gather_object([None] * dist.get_world_size(), None)
-
-
-def make_loader(config, factor):
-    """The decoder of the videos, for sides that are multiples of `factor`."""
-    import data
-    cache = data.FrameCache(config.frame_cache) if config.frame_cache else None
-    return data.ClipLoader(config.frames, config.max_pixels, factor, cache=cache,
-                           workers=config.decode_workers, time_limit=config.decode_seconds)
-
-
-def sample_of(q):
-    """A question as the sample that loader, prompts and teacher read."""
+def sample_of(q: Question) -> Any:
+    """Return a question as the sample that loader, prompts and teacher read."""
     import data
     evidence = tuple(data.Evidence(e["start"], e["end"], tuple(e["box"]) if e.get("box") else None,
                                    e.get("note") or "") for e in q.evidence)
@@ -250,7 +206,8 @@ def sample_of(q):
                        evidence=evidence, span=q.span)
 
 
-def decoded(loader, questions, batch, failed):
+def decoded(loader: Any, questions: list[Question], batch: int,
+            failed: Callable) -> Iterator[list[tuple]]:
     """Yield batches of (question, sample with its clip); failed(question, error=...) for the rest.
 
     The next batch is decoded while this one is answered.
@@ -286,12 +243,11 @@ class Asked:
         self.sampling = ffr.Sampling(config.max_completion, config.temperature, config.top_p, 0.5)
         for q in questions:
             bound = self.prompts.prompt_bound(sample_of(q), config.frames, config.max_pixels)
-            if bound > config.max_prompt:
-                raise ValueError(f"sample {q.id}: its prompt may take {bound} tokens, more than "
-                                 f"--max_prompt {config.max_prompt}")
+            require(bound <= config.max_prompt, f"sample {q.id}: its prompt may take {bound} "
+                    f"tokens, more than --max_prompt {config.max_prompt}")
         self.loader = make_loader(config, self.prompts.factor)
 
-    def answer(self, questions, write):
+    def answer(self, questions: list[Question], write: Callable) -> None:
         """Answer each question once, a batch at a time, and write it down."""
         import ffr
         key = f"{self.config.seed}/evaluate"
@@ -304,47 +260,48 @@ class Asked:
                 first = group.slots[0].first
                 write(q, first.text, tokens=len(first.ids_C), finished=first.finished)
 
-    def repair(self, guide, questions, answers, write):
+    def repair(self, guide: Any, questions: list[Question], answers: dict, write: Callable) -> None:
         """Answer each again with the teacher's (guide's) patch to its answer; an upper bound."""
         import ffr
-        import teacher
+        from patch import alignment
         config, key = self.config, f"{self.config.seed}/evaluate"
         for part in decoded(self.loader, questions, config.batch, lambda q, error: None):
             asked = [guide.submit(sample, answers[q.id]["text"]) for q, sample in part]
             groups = [ffr.Group(sample, self.prompts.prefix(sample),
                                 [ffr.Slot(None, diagnosis)])
                       for (_, sample), diagnosis in zip(part, asked)]
-            ffr.fix(groups)
+            ffr.fix(groups, None)
             cache = self.student.prefill([group.prefix for group in groups])
-            ffr.reason(self.student, cache, groups, self.write_patch, unscored,
-                       teacher.alignment, key, self.sampling)
+            ffr.reason(self.student, cache, groups, self.write_patch, unscored, alignment, key,
+                       self.sampling)
             for (q, _), group in zip(part, groups):
                 slot = group.slots[0]
                 text = slot.repair.text if slot.repair else answers[q.id]["text"]
                 write(q, text, status=slot.diagnosis.result().status)
 
-    def write_patch(self, sample, patch):
-        """A patch as the segment between question and completion."""
-        import teacher
-        images = teacher.patch_images(patch, sample.clip.frames, self.config.evidence)
-        return self.prompts.suffix(teacher.render(patch, self.config.evidence), images)
+    def write_patch(self, sample: Any, patch: Any) -> Any:
+        """Return a patch as the segment between question and completion."""
+        from patch import patch_images, render
+        images = patch_images(patch, sample.clip.frames, self.config.evidence)
+        return self.prompts.suffix(render(patch, self.config.evidence), images)
 
 
-def unscored(sample, text):
-    """Nothing is verified while sampling: scores are computed from the files."""
+def unscored(sample: Any, text: str) -> tuple[float, float, bool]:
+    """Verify nothing while sampling: scores are computed from the files."""
     return 0.0, 0.0, True
 
 
-def make_teacher(config):
-    """The teacher of --with_patches."""
-    import teacher
-    if config.with_patches == "annotated":
-        return teacher.Annotated()
-    try:
-        return teacher.Service(teacher.TeacherConfig(
-            url=config.api_url, model=config.teacher_model, cache=f"{config.output}/teacher"))
-    except RuntimeError as error:
-        raise ValueError(f"--with_patches anthropic: {error}") from None
+def teacher_of(config: Config) -> Any:
+    """Return the teacher of --with_patches."""
+    from teacher import TeacherConfig, make_teacher
+    return make_teacher(config.with_patches, TeacherConfig(
+        who="--with_patches anthropic", url=config.api_url, model=config.teacher_model,
+        cache=api_cache(config), price=config.api_price, budget=config.api_budget), ping=False)
+
+
+def api_cache(config: Config) -> str:
+    """Return the folder of answers paid for, "" where the run has no folder."""
+    return config.output and f"{config.output}/teacher"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -371,70 +328,55 @@ Description: {said}
 {question}"""
 
 
-class Client:
-    """A model asked through the anthropic SDK; the key is in the environment only."""
+class Asker:
+    """One model asked through the project's client of the Messages API.
 
-    def __init__(self, name, flag_name, url):
-        import anthropic
-        self.name, self.flag, self.where = name, flag_name, url or "the Anthropic API"
-        self.key = os.environ["ANTHROPIC_API_KEY"]
-        self.anthropic, self.server = anthropic, bool(url)
-        self.client = anthropic.Anthropic(api_key=self.key, max_retries=4, timeout=180.0,
-                                          base_url=re.sub(r"/v1/?$", "", url) or None)
+    The API takes no sampling parameters, servers of one's own do.
+    """
 
-    def ask(self, content, config, max_tokens):
-        """(text, output tokens), or (None, reason) where this one request failed.
+    def __init__(self, config: Config, name: str, who: str):
+        from teacher import Messages
+        self.name, self.settings = name, {"thinking": {"type": "disabled"}}
+        if config.api_url:
+            self.settings["extra_body"] = {"temperature": config.temperature, "top_p": config.top_p}
+        self.api = Messages(who, config.api_url, timeout=180.0, cache=api_cache(config),
+                            price=config.api_price, budget=config.api_budget)
 
-        What would fail for every question, a wrong key or name, is a ValueError. The API takes no
-        sampling parameters, servers of one's own do.
-        """
-        extra = {"temperature": config.temperature, "top_p": config.top_p} if self.server else None
-        try:
-            raw = self.client.messages.with_raw_response.create(
-                model=self.name, max_tokens=max_tokens, extra_body=extra,
-                thinking={"type": "disabled"}, messages=[{"role": "user", "content": content}])
-            answer = json.loads(raw.read())
-            text = "".join(b["text"] for b in answer["content"] if b.get("type") == "text")
-            return text, int((answer.get("usage") or {}).get("output_tokens") or 0)
-        except (self.anthropic.AuthenticationError, self.anthropic.PermissionDeniedError):
-            raise ValueError(f"{self.flag}: {self.where} refuses the key: set ANTHROPIC_API_KEY"
-                             ) from None
-        except self.anthropic.NotFoundError:
-            raise ValueError(f"{self.flag}: {self.where} knows no model {self.name}") from None
-        except self.anthropic.APIError as error:
-            reason = f"{type(error).__name__}: {error}"
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = f"the answer is no message: {error}"
-        if len(self.key) > 12:  # a shorter one is a made-up word, for a server without keys
-            reason = reason.replace(self.key, "***")
-        return None, " ".join(reason.split())[:200]
+    def ask(self, content: list[dict], max_tokens: int) -> tuple[str | None, str | int]:
+        """Return (text, output tokens), or (None, reason) where this one request failed."""
+        return self.api.ask({"model": self.name, "max_tokens": max_tokens, **self.settings,
+                             "messages": [{"role": "user", "content": content}]})
+
+    def close(self) -> None:
+        """End the client."""
+        self.api.close()
 
 
-def answer_by_api(config, questions, write):
-    """Put the questions to anthropic:NAME, frames as pictures; returns why some got no answer.
+def answer_by_api(config: Config, questions: list[Question], write: Callable) -> list[str]:
+    """Put the questions to anthropic:NAME, frames as pictures; return why some got no answer.
 
     These have no line, so that --resume asks them again.
     """
     import data
-    import teacher
-    client = Client(config.model.partition(":")[2], "--model anthropic:", config.api_url)
+    from video import jpeg
+    client = Asker(config, config.model.partition(":")[2], "--model anthropic:")
     template = Path(config.template).read_text() if config.template else data.TEMPLATE
 
     def ask(pair):
         q, sample = pair
         content = []
         for i, (time, frame) in enumerate(zip(sample.clip.times, sample.clip.frames)):
-            source = {"type": "base64", "media_type": "image/jpeg", "data": teacher.jpeg(frame)}
+            source = {"type": "base64", "media_type": "image/jpeg", "data": jpeg(frame)}
             content += [{"type": "text", "text": f"frame {i}, {time:.2f} s"},
                         {"type": "image", "source": source}]
         options = ["Options:", *q.options] if q.options else []
         text = template.replace("{answer_format}", data.ANSWER_FORMATS[q.kind])
         text = text.replace("{question}", "\n".join([q.text, *options]))
         content.append({"type": "text", "text": text})
-        return client.ask(content, config, config.max_completion)
+        return client.ask(content, config.max_completion)
 
     loader, failures = make_loader(config, 28), []
-    with closing(loader), ThreadPoolExecutor(REQUESTS) as pool:
+    with closing(client), closing(loader), ThreadPoolExecutor(REQUESTS) as pool:
         for part in decoded(loader, questions, REQUESTS, write):
             for (q, _), (text, more) in zip(part, pool.map(ask, part)):
                 if text is None:
@@ -444,9 +386,10 @@ def answer_by_api(config, questions, write):
     return failures
 
 
-def judge(config, questions, answers, known, write):
-    """Verdicts on the answers that no rule can score; returns why some got none."""
-    client, failures = Client(config.judge, "--judge", config.api_url), []
+def judge(config: Config, questions: list[Question], answers: dict, known: dict,
+          write: Callable) -> list[str]:
+    """Ask for verdicts on the answers that no rule can score; return why some got none."""
+    client, failures = Asker(config, config.judge, "--judge"), []
     open_ones = [q for q in questions if q.judged and q.id not in known
                  and answers.get(q.id, {}).get("text", "").strip()]
 
@@ -454,9 +397,9 @@ def judge(config, questions, answers, known, write):
         said = (parse_answer(answers[q.id]["text"], fallback=True) or "")[:20_000]
         form, question = (JUDGE_CAPTION, q.accepted[0]) if q.accepted else (JUDGE_OPEN, q.text)
         text = form.format(question=question, answer=q.answer, said=said)
-        return client.ask([{"type": "text", "text": text}], config, 20)
+        return client.ask([{"type": "text", "text": text}], 20)
 
-    with ThreadPoolExecutor(REQUESTS) as pool:
+    with closing(client), ThreadPoolExecutor(REQUESTS) as pool:
         for q, (reply, reason) in zip(open_ones, pool.map(ask, open_ones)):
             if reply is None:
                 failures.append(reason)
@@ -474,22 +417,24 @@ def judge(config, questions, answers, known, write):
 # One run
 
 
-def answer(config, questions):
+def answer(config: Config, questions: list[Question]) -> None:
     """Ask the model what has no answer yet; every process its share, whatever the others do."""
-    rank, world = (int(os.environ.get(name, v)) for name, v in (("RANK", 0), ("WORLD_SIZE", 1)))
     missing = [q for q in questions if not os.path.exists(q.media)]
-    if len(missing) == len(questions):
-        raise ValueError(f"not one video was found, such as {missing[0].media}: is --video_root "
-                         f"{config.video_root} right?")
-    device, dtype = (None, None) if is_api(config) else start_processes(config)
-    folder, mine, absent = Path(config.output), questions[rank::world], {q.id for q in missing}
+    require(len(missing) < len(questions), "not one video was found, such as "
+            f"{questions[0].media}: is --video_root {config.video_root} right?")
+    device = dtype = None
+    if not is_api(config):  # a process waits at the end for the slowest one, however long
+        device, dtype = start_processes(config.dtype, config.cuda_graphs,
+                                        patience=timedelta(days=30))
+    folder, absent = Path(config.output), {q.id for q in missing}
+    mine = questions[rank()::world_size()]
     known = merged(folder, "answers")  # before anybody writes, so that all know the same
-    if rank == 0:
+    if rank() == 0:
         open_run(config, questions)
         if missing:
             print(f"{len(missing)} of {len(questions)} questions have no video: "
                   + ", ".join(f"{q.id} ({q.media})" for q in missing[:30]), file=sys.stderr)
-    meet()
+    everyone(None)
     write = Lines(config, "answers", mine, known)
     for q in mine:
         if q.id in absent and q.id not in known:
@@ -504,13 +449,13 @@ def answer(config, questions):
         with closing(asked.loader), asked.student.gathered():
             asked.answer(todo, write)
             if config.with_patches:
-                with closing(make_teacher(config)) as guide:
+                with closing(teacher_of(config)) as guide:
                     patch(config, asked, guide, mine)
     write.close()
-    meet()
+    everyone(None)
 
 
-def patch(config, asked, guide, mine):
+def patch(config: Config, asked: Asked, guide: Any, mine: list[Question]) -> None:
     """Answer this process's failed questions again; its figures never meet the plain ones."""
     folder = Path(config.output)
     answers, known = merged(folder, "answers"), merged(folder, "patched")
@@ -521,26 +466,26 @@ def patch(config, asked, guide, mine):
     write.close()
 
 
-def passed(benchmark, q, text):
-    """z of Eq. 4: right by the official rule, a number from 0.5; None without a judge."""
+def passed(benchmark: str, q: Question, text: str) -> bool | None:
+    """Return z of Eq. 4: right by the official rule, a number from 0.5; None without a judge."""
     right = value(benchmark, q, text, "official")
     return None if right is None else right >= (0.5 if q.kind == "regression" else 1.0)
 
 
-def is_api(config):
-    """Whether the model is asked through the Messages API."""
+def is_api(config: Config) -> bool:
+    """Return whether the model is asked through the Messages API."""
     return config.model.startswith("anthropic:")
 
 
-def report_failures(what, failures):
+def report_failures(what: str, failures: list[str]) -> None:
     """Say how many questions of this call still lack an answer or a verdict, and why."""
     if failures:
         print(f"{len(failures)} questions got no {what} ({failures[0]}); --resume asks them again",
               file=sys.stderr)
 
 
-def predictions(config, questions):
-    """Answers made elsewhere, as the rows of a run: JSONL of id and text."""
+def predictions(config: Config, questions: list[Question]) -> dict[str, dict]:
+    """Return answers made elsewhere as the rows of a run: JSONL of id and text."""
     path, known, found = config.predictions, {q.id for q in questions}, {}
     listed = read(path)
     for i, row in enumerate(listed if isinstance(listed, list) else [listed], start=1):
@@ -557,14 +502,14 @@ def predictions(config, questions):
     return found
 
 
-def output_folder(config):
-    """The folder given, else one named by benchmark, model, frames and seed."""
+def output_folder(config: Config) -> str:
+    """Return the folder given, else one named by benchmark, model, frames and seed."""
     name = re.sub(r"[^\w.-]+", "-", f"{config.benchmark}-{Path(config.model).name}-"
                                     f"{config.frames}-{config.seed}")
     return config.output or f"runs/{name}"
 
 
-def evaluate(config):
+def evaluate(config: Config) -> str:
     """Answer and judge what is left to do, then return the run's report ("" but on rank 0)."""
     check(config)
     questions = load(config)
@@ -579,30 +524,31 @@ def evaluate(config):
     else:
         config = replace(config, output=output_folder(config))
         answer(config, questions)
-        if os.environ.get("RANK", "0") != "0":
+        if rank() != 0:
             return ""
         run = read_run(config.output)
     if config.judge:
         def write(row):
             run.verdicts[row["id"]] = row["verdict"]
             if config.output:
-                with open(run.folder / "verdicts.jsonl", "a") as file:
-                    file.write(json.dumps(row) + "\n")
+                append(run.folder / "verdicts.jsonl", row)
 
         report_failures("verdict", judge(config, run.questions, run.answers, run.verdicts, write))
     return report(run)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
+    """Evaluate what the command line says, or print a table over runs."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if text := table(argv[1:]) if argv[:1] == ["table"] else evaluate(parse(argv)):
+        text = table(argv[1:]) if argv[:1] == ["table"] else \
+            evaluate(parse(Config, argv, __doc__.split("\n\n")[0])[0])
+        if text:
             print(text)
     except (ValueError, OSError) as error:
-        sys.exit(f"evaluate.py: {error}")
+        leave("evaluate.py", error)
     finally:
-        if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
-            sys.modules["torch"].distributed.destroy_process_group()
+        end_processes()
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """Find, Fix, Reason: the algorithm of arXiv 2604.16243, from a group's first tries to its loss.
 
-    find        G first tries τ_i of one prompt, verified: z_i                      (Eq. 3, 4)
-    fix         the teacher's evidence patch c_i for every failed try               (Eq. 5)
-    reason      one repair τ*_i per patch: same question, more evidence             (Eq. 6)
-    choose      τ̂_i = τ_i if z_i = 1 else τ*_i                                      (Eq. 7)
-    reward      R̃_i, the robust improvement reward: a repair pays the patch tax κ   (Eq. 8)
-    advantages  R̃_i standardised within the group                                   (Eq. 9)
-    loss        clipped token ratios under each rollout's own observation, and KL   (Eq. 10, 11)
+    find        G first tries τ_i of one prompt, verified: z_i                      Eq. 3, Eq. 4
+    fix         the teacher's evidence patch c_i for every failed try               Eq. 5
+    reason      one repair τ*_i per patch: same question, more evidence             Eq. 6
+    choose      τ̂_i = τ_i if z_i = 1 else τ*_i                                      Eq. 7
+    reward      R̃_i, the robust improvement reward: a repair pays the patch tax κ   Eq. 8
+    advantages  R̃_i standardised within the group                                   Eq. 9
+    loss        clipped token ratios under each rollout's own observation, and KL   Eq. 10, Eq. 11
 
-Everything the step needs from outside is an argument: the student, `score` (verifier), `diagnose`
-(teacher), `write` (patch to prompt). GRPO is the same step without a teacher.
+`step` is these seven in order. Everything it needs from outside is an argument: the student,
+`score` (verifier), `diagnose` (teacher), `write` (patch to prompt). GRPO is the same step without
+a teacher: Eq. 1 is Eq. 9 and Eq. 2 is Eq. 11 where nothing is repaired.
 
 Where the paper is silent: a slot whose patch is missing keeps its first try, untaxed; a repaired
 slot takes the repair's score even where the repair failed too; an all-equal group gets exact zeros;
@@ -20,6 +21,7 @@ micro-batch.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,9 +47,7 @@ class Rollout:
 
 @dataclass
 class Slot:
-    """One of a group's G places: a first try and, where that failed and a patch came, its
-    repair.
-    """
+    """One of a group's G places: a first try and, where that failed and a patch came, a repair."""
     first: Rollout  # τ_i; z_i = first.correct, Eq. 4
     diagnosis: Any = None  # future of the teacher's diagnosis, whose patch may be None
     patch: Any = None  # c_i
@@ -60,7 +60,7 @@ class Slot:
     note: Any = None  # what one of methods.py keeps about it
 
     @property
-    def chosen(self):
+    def chosen(self) -> Rollout:
         """τ̂_i = τ_i if z_i = 1 else τ*_i  (Eq. 7); τ_i too where no usable patch came."""
         return self.first if self.first.correct or self.repair is None else self.repair
 
@@ -83,8 +83,8 @@ class Sampling:
     pass_mark: float
 
 
-def noise(key, rows, length):
-    """Uniform numbers [rows, length] that depend on nothing but `key`.
+def noise(key: str, rows: int, length: int) -> Tensor:
+    """Draw uniform numbers [rows, length] that depend on nothing but `key`.
 
     The same seed, step and prompt give the same rollouts on any number of processes, in any batch,
     after any resume.
@@ -93,16 +93,47 @@ def noise(key, rows, length):
     return torch.rand(rows, length, generator=torch.Generator().manual_seed(seed))
 
 
+def step(student: Any, reference: Any, groups: list[Group], header: Any, score: Callable,
+         diagnose: Callable | None, write: Callable, align: Callable, key: str, rollouts: int,
+         sampling: Sampling, kappa: float = 0.3, epsilon: float = 0.2, beta: float = 0.04,
+         max_tokens: int = 16384) -> float:
+    """Take one step on one process, in the paper's order; return the loss, leave its gradient.
+
+    train.py goes the same way through the same functions, with several processes, clocks and the
+    hooks of other methods in between.
+    """
+    cache = student.prefill([group.prefix for group in groups])
+    find(student, cache, groups, header, score, diagnose, key, rollouts, sampling)  # Eq. 3, Eq. 4
+    fix(groups, diagnose)  # Eq. 5
+    reason(student, cache, groups, write, score, align, key, sampling)  # Eq. 6
+    credit(groups, kappa)  # choose, reward, advantages: Eq. 7, Eq. 8, Eq. 9
+    trained = [slot.trained for group in groups for slot in group.slots]
+    weight = token_weights("token", sum(len(rollout.ids_C) for rollout in trained), len(trained))
+    total = 0.0
+    for batch in micro_batches(groups, max_tokens, weight):
+        rows = batch.prefixes, batch.suffixes, batch.owners, batch.completions
+        if reference is not None:
+            with torch.no_grad():
+                batch.ref_logp_T, _ = reference(*rows, sampling.temperature)
+        logp_T, _ = student(*rows, sampling.temperature)
+        part, _ = loss(logp_T, batch, epsilon, epsilon, beta)  # Eq. 10, Eq. 11
+        part.backward()
+        total += part.item()
+    return total
+
+
 # ---------------------------------------------------------------------------------------------
 # Find, fix, reason
 
 
-def find(student, cache, groups, header, score, diagnose, key, rollouts, sampling):
-    """τ_i ~ π_old(· | x), i = 1..G, and z_i = 1[R(τ_i) = 1]  (Eq. 3, 4); fills each group's slots.
+def find(student: Any, cache: Any, groups: list[Group], header: Any, score: Callable,
+         diagnose: Callable | None, key: str, rollouts: int | list[int],
+         sampling: Sampling) -> None:
+    """Sample τ_i ~ π_old(· | x), i = 1..G, and verify: z_i = 1[R(τ_i) = 1]  (Eq. 3, Eq. 4).
 
-    A failed try goes to the teacher the moment it has ended, while other rows are being sampled.
+    Fills each group's slots. `fix` begins in here: the teacher is asked about a failed try the
+    moment it has ended, while other rows are still being sampled.
     score(sample, text) -> (accuracy, format, exact): exact kinds pass at 1, graded at the mark.
-    diagnose(sample, text) -> future of a diagnosis (with .patch); None where nobody teaches.
     rollouts: G, or a number for each group.
     """
     counts = rollouts if isinstance(rollouts, list) else [rollouts] * len(groups)
@@ -111,9 +142,8 @@ def find(student, cache, groups, header, score, diagnose, key, rollouts, samplin
 
     def verify(n, completion):
         sample = groups[owners[n]].sample
-        first = _scored(student, sample, header, completion, score, sampling)
-        ask = diagnose is not None and not first.correct
-        slots[n] = Slot(first, diagnose(sample, first.text) if ask else None)
+        slots[n] = Slot(_scored(student, sample, header, completion, score, sampling))
+        ask(sample, slots[n], diagnose)
 
     uniforms = [noise(f"{key}/{group.sample.id}/find", count, sampling.max_completion)
                 for group, count in zip(groups, counts)]
@@ -123,17 +153,32 @@ def find(student, cache, groups, header, score, diagnose, key, rollouts, samplin
         group.slots = [slot for slot, owner in zip(slots, owners) if owner == b]
 
 
-def fix(groups):
-    """(e_i, c_i) = T(x, y, τ_i) where z_i = 0  (Eq. 5): wait for the teacher's patches."""
-    for group in groups:
-        for slot in group.slots:
-            if slot.diagnosis is not None:
-                slot.patch = slot.diagnosis.result().patch
+def ask(sample: Any, slot: Slot, diagnose: Callable | None) -> None:
+    """Ask the teacher about a failed try, z_i = 0, once and without waiting."""
+    if diagnose is not None and slot.diagnosis is None and not slot.first.correct:
+        slot.diagnosis = diagnose(sample, slot.first.text)
 
 
-def reason(student, cache, groups, write, score, align, key, sampling):
-    """τ*_i ~ π_old(· | x, c_i)  (Eq. 6): all repairs of a step in one batch, prefixes cached.
+def fix(groups: list[Group], diagnose: Callable | None) -> None:
+    """Get (e_i, c_i) = T(x, y, τ_i) for every failed try, z_i = 0  (Eq. 5).
 
+    `find` has asked for most of them already, as the tries ended; what is left is asked for here,
+    then all patches are waited for. A slot without a usable patch keeps None.
+    diagnose(sample, text) -> future of a diagnosis (with .patch); None where nobody teaches.
+    """
+    slots = [(group.sample, slot) for group in groups for slot in group.slots]
+    for sample, slot in slots:
+        ask(sample, slot, diagnose)
+    for _, slot in slots:
+        if slot.diagnosis is not None:
+            slot.patch = slot.diagnosis.result().patch
+
+
+def reason(student: Any, cache: Any, groups: list[Group], write: Callable, score: Callable,
+           align: Callable, key: str, sampling: Sampling) -> None:
+    """Sample τ*_i ~ π_old(· | x, c_i), all repairs of a step in one batch  (Eq. 6).
+
+    The prefixes are those of the first tries, from the cache.
     write(sample, patch) -> the segment [patch, header]; align(text, patch) -> 1 if text uses it.
     """
     patched = [(b, i) for b, group in enumerate(groups)
@@ -154,6 +199,7 @@ def reason(student, cache, groups, write, score, align, key, sampling):
 
 
 def _scored(student, sample, suffix, completion, score, sampling):
+    """Verify a completion, R(τ) = 1 (Eq. 3): exact kinds pass at 1, graded ones at the mark."""
     text = student.text(completion.ids)
     accuracy, form, exact = score(sample, text)
     correct = accuracy >= (1.0 if exact else sampling.pass_mark)
@@ -161,29 +207,27 @@ def _scored(student, sample, suffix, completion, score, sampling):
                    completion.finished)
 
 
-# ---------------------------------------------------------------------------------------------
-# Choose, reward, advantage
+def choose(group: Group, train_on: str = "chosen") -> None:
+    """Let the chosen rollout carry the loss in every slot: τ̂_i = τ_i if z_i = 1 else τ*_i (Eq. 7).
 
-
-def choose(group, select="slot", train_on="chosen"):
-    """Which rollout of each slot carries the loss.
-
-    The paper's Eq. 7: every slot's chosen rollout. Ablations: select "best" keeps only the slot of
-    the highest reward, the unassisted first (appendix D.2); train_on "original" puts the repair's
-    reward on the failed tokens (the authors' release).
+    train_on "original" puts the repair's reward on the failed tokens: the authors' release.
     """
     for slot in group.slots:
         slot.trained = slot.first if train_on == "original" else slot.chosen
-    if select == "best":
-        best = max(group.slots, key=lambda slot: (slot.reward, slot.repair is None))
-        for slot in group.slots:
-            slot.trained = slot.trained if slot is best else None
 
 
-def reward(slot, kappa, alignment_weight=0.0):
-    """R̃_i = z_i R(τ_i) + (1 − z_i)(R(τ*_i) − κ), R = accuracy + format of the chosen one  (Eq. 8).
+def keep_best(group: Group) -> None:
+    """Train the slot of the highest reward alone, the unassisted first: appendix D.2."""
+    best = max(group.slots, key=lambda slot: (slot.reward, slot.repair is None))
+    for slot in group.slots:
+        slot.trained = slot.trained if slot is best else None
 
-    κ = `kappa` is charged for a repair, right or wrong, and never for a first try.
+
+def reward(slot: Slot, kappa: float, alignment_weight: float = 0.0) -> float:
+    """Return R̃_i = z_i R(τ_i) + (1 − z_i)(R(τ*_i) − κ)  (Eq. 8).
+
+    R = accuracy + format of the chosen rollout; κ = `kappa` is charged for a repair, right or
+    wrong, and never for a first try.
     """
     chosen = slot.chosen
     value = chosen.accuracy + chosen.format
@@ -192,10 +236,10 @@ def reward(slot, kappa, alignment_weight=0.0):
     return value
 
 
-def advantages(rewards_G, std=True):
-    """Â_i = (R̃_i − mean_j R̃_j) / (std_j R̃_j + δ), unbiased std  (Eq. 9); all equal: zeros.
+def advantages(rewards_G: list[float], std: bool = True) -> Tensor:
+    """Return Â_i = (R̃_i − mean_j R̃_j) / (std_j R̃_j + δ), unbiased std  (Eq. 9; Eq. 1 for GRPO).
 
-    Without `std` only the mean is taken off (Dr. GRPO).
+    An all-equal group gets zeros. Without `std` only the mean is taken off (Dr. GRPO).
     """
     rewards_G = torch.as_tensor(rewards_G, dtype=torch.float64)
     if len(rewards_G) < 2 or bool((rewards_G == rewards_G[0]).all()):
@@ -203,16 +247,22 @@ def advantages(rewards_G, std=True):
     return ((rewards_G - rewards_G.mean()) / (rewards_G.std() + DELTA if std else 1)).float()
 
 
-def credit(groups, kappa, alignment_weight=0.0, select="slot", train_on="chosen", std=True,
-           value=reward):
-    """Eq. 7 to 9 for every group: rewards by `value`, advantages, and whose tokens are trained."""
+def credit(groups: list[Group], kappa: float, alignment_weight: float = 0.0, select: str = "slot",
+           train_on: str = "chosen", std: bool = True, value: Callable = reward) -> None:
+    """Choose, reward and compare the slots of every group  (Eq. 7, Eq. 8, Eq. 9).
+
+    Ablations: select "best" is `keep_best`, train_on as in `choose`, std as in `advantages`; a
+    method may have its own `value` in place of `reward`.
+    """
     for group in groups:
+        choose(group, train_on)
         for slot in group.slots:
             slot.reward = value(slot, kappa, alignment_weight)
-        values = advantages([slot.reward for slot in group.slots], std)
-        for slot, advantage in zip(group.slots, values.tolist()):
+        compared = advantages([slot.reward for slot in group.slots], std)
+        for slot, advantage in zip(group.slots, compared.tolist()):
             slot.advantage = advantage
-        choose(group, select, train_on)
+        if select == "best":
+            keep_best(group)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -221,8 +271,7 @@ def credit(groups, kappa, alignment_weight=0.0, select="slot", train_on="chosen"
 
 @dataclass
 class MicroBatch:
-    """Part of a step that fits one packed forward: B prefixes, N trained rollouts, T completion
-    tokens.
+    """Part of a step that fits one packed forward: B prefixes, N trained rollouts, T tokens.
 
     weight_T: what one token's objective counts for; zero throughout for the filler that keeps ranks
     in step. members: group and slot of each rollout; a filler has none.
@@ -238,12 +287,11 @@ class MicroBatch:
     ref_logp_T: Tensor | None = None
 
 
-def micro_batches(groups, max_tokens, token_weight):
-    """Split the trained rollouts into micro-batches of at most `max_tokens` packed tokens (a single
-    rollout may exceed it).
+def micro_batches(groups: list[Group], max_tokens: int, token_weight: Callable) -> list[MicroBatch]:
+    """Split the trained rollouts into micro-batches of at most `max_tokens` packed tokens.
 
-    token_weight(rollout) -> the weight of each of its tokens in the loss. A group that is split has
-    its prefix in every part.
+    A single rollout may exceed that. A group that is split has its prefix in every part.
+    token_weight(rollout) -> the weight of each of its tokens in the loss.
     """
     parts, used = [], 0
     for g, group in enumerate(groups):
@@ -275,10 +323,10 @@ def _micro_batch(groups, part, token_weight):
         members=[(groups[g], slot) for g, slot in part])
 
 
-def token_weights(loss_norm, tokens, rollouts, max_completion=0):
-    """Weight of a rollout's tokens: 1/Σ_i|τ̂_i| ("token", Eq. 11), 1/(n |τ̂_i|) ("sequence", R1-V),
-    1/(n L_max) ("constant", Dr. GRPO).
+def token_weights(loss_norm: str, tokens: int, rollouts: int, max_completion: int = 0) -> Callable:
+    """Return rollout -> the weight of each of its tokens in the loss.
 
+    "token" 1/Σ_i|τ̂_i| (Eq. 11), "sequence" 1/(n |τ̂_i|) (R1-V), "constant" 1/(n L_max) (Dr. GRPO).
     tokens, rollouts: how many are trained in the whole step, over all ranks and micro-batches.
     """
     if loss_norm == "token":
@@ -288,8 +336,12 @@ def token_weights(loss_norm, tokens, rollouts, max_completion=0):
     return lambda rollout: 1.0 / (max(rollouts, 1) * len(rollout.ids_C))
 
 
-def clip(log_ratio_T, advantage_T, batch, clip_low, clip_high):
-    """CLIP(r, Â, ε) = min(r Â, clip(r, 1 − ε_low, 1 + ε_high) Â)  (Eq. 10); sums for the logs."""
+def clip(log_ratio_T: Tensor, advantage_T: Tensor, clip_low: float,
+         clip_high: float) -> tuple[Tensor, dict]:
+    """Return CLIP(r, Â, ε) = min(r Â, clip(r, 1 − ε_low, 1 + ε_high) Â) [T]  (Eq. 10).
+
+    Also sums for the logs: tokens that the clip bounds, and |log r|.
+    """
     ratio_T = log_ratio_T.exp()
     clipped_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
     bound = (clipped_T * advantage_T < ratio_T * advantage_T).sum().item()
@@ -297,18 +349,23 @@ def clip(log_ratio_T, advantage_T, batch, clip_low, clip_high):
             {"clipped": bound, "mismatch": log_ratio_T.abs().sum().item()})
 
 
-def loss(logp_T, batch, clip_low, clip_high, beta, surrogate=clip):
-    """−J = −Σ_t w_t [ CLIP(r_t, Â_t, ε) − β KL_t ]  (Eq. 10, 11), w_t = 1/Σ_i|τ̂_i|.
+def loss(logp_T: Tensor, batch: MicroBatch, clip_low: float, clip_high: float, beta: float,
+         surrogate: Callable | None = None) -> tuple[Tensor, dict]:
+    """Return −J = −Σ_t w_t [ CLIP(r_t, Â_t, ε) − β KL_t ]  (Eq. 11; Eq. 2 for GRPO).
 
-    r_t = π_θ(τ̂_t | x̂, τ̂_<t) / π_old(same): `logp_T` and the batch's old_logp_T are of the same
-    observation x̂. surrogate: CLIP, or what a method of methods.py has in its place.
+    w_t = 1/Σ_i|τ̂_i|, see token_weights.
+    r_t = π_θ(τ̂_t | x̂, τ̂_<t) / π_old(same)  (Eq. 10): `logp_T` and the batch's old_logp_T are of
+    the same observation x̂. surrogate: what a method of methods.py has in CLIP's place.
     KL_t = exp(d) − d − 1 with d = log π_ref − log π_θ (k3), unbiased for KL[π_θ ‖ π_ref].
-    Returns the loss and a dict of sums over tokens, for the logs.
+    Beside the loss: a dict of sums over tokens, for the logs.
     """
     assert logp_T.shape == batch.old_logp_T.shape == batch.advantage_T.shape == batch.weight_T.shape
     advantage_T, weight_T = batch.advantage_T.to(logp_T.device), batch.weight_T.to(logp_T.device)
     log_ratio_T = logp_T - batch.old_logp_T.to(logp_T.device)
-    objective_T, sums = surrogate(log_ratio_T, advantage_T, batch, clip_low, clip_high)
+    if surrogate is None:
+        objective_T, sums = clip(log_ratio_T, advantage_T, clip_low, clip_high)
+    else:
+        objective_T, sums = surrogate(log_ratio_T, advantage_T, batch, clip_low, clip_high)
     sums["tokens"] = float(len(logp_T))
     if batch.ref_logp_T is not None:
         d_T = (batch.ref_logp_T.to(logp_T.device) - logp_T).clamp(-KL_CLAMP, KL_CLAMP)
@@ -318,14 +375,8 @@ def loss(logp_T, batch, clip_low, clip_high, beta, surrogate=clip):
     return -(weight_T * objective_T).sum(), sums
 
 
-# ---------------------------------------------------------------------------------------------
-# What a step did, in numbers
-
-
-def measure(groups):
-    """Sums and counts of a step, name -> [sum, count], so that ranks can be added up before
-    dividing.
-    """
+def measure(groups: list[Group]) -> dict[str, list]:
+    """Return what a step did as name -> [sum, count], so that ranks add up before dividing."""
     slots = [slot for group in groups for slot in group.slots if not slot.off_policy]
     repaired = [slot for slot in slots if slot.repair is not None]
     mended = sum(slot.repair.correct for slot in repaired)

@@ -25,10 +25,13 @@ tokens of a support.
 import math
 import random
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import ffr
 
@@ -41,8 +44,15 @@ KEPT = 16  # newest successes of a question that the replay buffer holds
 # In place of CLIP, and on top of the advantage
 
 
-def sequence(log_ratio_T, advantage_T, batch, clip_low, clip_high):
-    """CLIP of GSPO-token: one ratio per completion, the gradient per token (2507.18071, Eq. 13).
+def clip(log_ratio_T: Tensor, advantage_T: Tensor, batch: ffr.MicroBatch, clip_low: float,
+         clip_high: float) -> tuple[Tensor, dict]:
+    """Return CLIP of every token's own ratio, as ffr.py has it."""
+    return ffr.clip(log_ratio_T, advantage_T, clip_low, clip_high)
+
+
+def sequence(log_ratio_T: Tensor, advantage_T: Tensor, batch: ffr.MicroBatch, clip_low: float,
+             clip_high: float) -> tuple[Tensor, dict]:
+    """Return CLIP of GSPO-token: one ratio per completion, gradient per token (2507.18071, Eq. 13).
 
     s_i = exp(1/|y_i| Σ_t log r_t), s_{i,t} = sg[s_i] π_θ / sg[π_θ]. The authors clip at 3e-4 and
     4e-4 and average by sequence.
@@ -50,11 +60,12 @@ def sequence(log_ratio_T, advantage_T, batch, clip_low, clip_high):
     parts = log_ratio_T.split([len(ids) for ids in batch.completions])
     mean_T = torch.cat([part.mean().expand(len(part)) for part in parts]).detach()
     log_ratio_T = mean_T + log_ratio_T - log_ratio_T.detach()
-    return ffr.clip(log_ratio_T, advantage_T, batch, clip_low, clip_high)
+    return ffr.clip(log_ratio_T, advantage_T, clip_low, clip_high)
 
 
-def shaped(log_ratio_T, advantage_T, batch, clip_low, clip_high, gamma, otherwise):
-    """f(r) Â with f(r) = r / (r + γ) and no clip on replayed traces (LUFFY, Eq. 6), else CLIP.
+def shaped(log_ratio_T: Tensor, advantage_T: Tensor, batch: ffr.MicroBatch, clip_low: float,
+           clip_high: float, gamma: float, otherwise: Callable) -> tuple[Tensor, dict]:
+    """Return f(r) Â, f(r) = r / (r + γ), unclipped on replayed traces (LUFFY, Eq. 6), else CLIP.
 
     r is π_θ itself where the trace's old_logp are zeros. ∇f = γ r / (r + γ)² ∇log π: largest at
     r = γ, and 0.083 at r = 1, where a rollout of the policy itself has 1.
@@ -66,13 +77,14 @@ def shaped(log_ratio_T, advantage_T, batch, clip_low, clip_high, gamma, otherwis
     return torch.where(off_T, ratio_T / (ratio_T + gamma) * advantage_T, objective_T), sums
 
 
-def imitate(log_ratio_T, advantage_T, batch, clip_low, clip_high):
-    """log π_θ of traces, whose old_logp are zeros."""
+def imitate(log_ratio_T: Tensor, advantage_T: Tensor, batch: ffr.MicroBatch, clip_low: float,
+            clip_high: float) -> tuple[Tensor, dict]:
+    """Return log π_θ of traces, whose old_logp are zeros."""
     return log_ratio_T * advantage_T, {}
 
 
-def token_credit(advantage_T, gap_T, weight, width):
-    """W_t = (1 − λ) + λ clip(exp(sign(Â) Δ_t), 1 − ε_w, 1 + ε_w)  (RLSD, Algorithm 1).
+def token_credit(advantage_T: Tensor, gap_T: Tensor, weight: float, width: float) -> Tensor:
+    """Return W_t = (1 − λ) + λ clip(exp(sign(Â) Δ_t), 1 − ε_w, 1 + ε_w)  (RLSD, Algorithm 1).
 
     W > 0, so the direction stays the reward's. What the informed replay finds likelier (Δ > 0) gets
     more of a good advantage and less of a bad one. λ = weight, ε_w = width.
@@ -81,8 +93,8 @@ def token_credit(advantage_T, gap_T, weight, width):
     return 1 + weight * (size_T - 1)
 
 
-def of_tokens(batch, test):
-    """test(slot) of every completion token's slot, bool [T]; False in a filler."""
+def of_tokens(batch: ffr.MicroBatch, test: Callable) -> Tensor:
+    """Return test(slot) of every completion token's slot, bool [T]; False in a filler."""
     tested = torch.tensor([bool(test(slot)) for _, slot in batch.members] or [False])
     return tested.repeat_interleave(torch.tensor([len(ids) for ids in batch.completions]))
 
@@ -92,30 +104,45 @@ def of_tokens(batch, test):
 
 
 class Method:
-    """GRPO, and what train.py's step asks of every method."""
+    """GRPO, and what train.py's step asks of every method.
+
+    run is its Run, config its Config; phases(name) keeps the time of a part of the step.
+    """
     asks = False  # there is a teacher
     repairs = False  # it writes patches for failed tries
     compares = True  # rewards within groups of rollouts; else traces are imitated
     names = ()  # figures of its own in metrics.jsonl
     value = staticmethod(ffr.reward)  # a slot's reward
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         self.config, self.copy = config, None
-        self.surrogate = sequence if config.ratio == "sequence" else ffr.clip
+        self.surrogate = sequence if config.ratio == "sequence" else clip
         self.tally = defaultdict(list)
 
-    def nothing(self, *_):
-        """The hooks that GRPO leaves empty:"""
+    # -- optional hooks, which do nothing here
 
-    start = nothing  # (load) load what the method needs besides policy and reference
-    beside = nothing  # (run, groups, key, phases) find out what else the rewards depend on
-    weigh = nothing  # (run, batches) change the micro-batches, equally many on all ranks
-    after = nothing  # (run, groups) learn from a step whose update has been made
-    state = nothing  # () what a checkpoint has to hold of this rank besides weights
-    resume = nothing  # (step, state) go on after `step` steps, from state()
+    def start(self, load: Callable) -> None:
+        """Load what the method needs besides policy and reference; load(**options) -> Student."""
 
-    def fill(self, run, step, phases):
-        """This rank's groups of a step, credited; no other rank is waited for.
+    def beside(self, run: Any, groups: list[ffr.Group], key: str, phases: Callable) -> None:
+        """Find out what else the rewards depend on."""
+
+    def weigh(self, run: Any, batches: list[ffr.MicroBatch]) -> None:
+        """Change the micro-batches, of which all ranks have equally many."""
+
+    def after(self, run: Any, groups: list[ffr.Group]) -> None:
+        """Learn from a step whose update has been made."""
+
+    def state(self) -> Any:
+        """Return what a checkpoint has to hold of this rank besides weights, None for nothing."""
+
+    def resume(self, step: int, state: Any) -> None:
+        """Go on after `step` steps, from what `state` returned then."""
+
+    # -- a step's groups
+
+    def fill(self, run: Any, step: int, phases: Callable) -> list[ffr.Group]:
+        """Return this rank's groups of a step, credited, without waiting for another rank.
 
         With --dynamic_sampling (DAPO) prompts whose rewards are all equal stay in the metrics, lose
         their place in the loss, and as many fresh prompts are tried, so many times at most.
@@ -135,11 +162,11 @@ class Method:
             slot.trained = None
         return groups
 
-    def prompts(self, run, step):
-        """The step's groups, still empty."""
+    def prompts(self, run: Any, step: int) -> list[ffr.Group]:
+        """Return the step's groups, still empty."""
         return run.fetch(step)
 
-    def roll(self, run, groups, key, phases):
+    def roll(self, run: Any, groups: list[ffr.Group], key: str, phases: Callable) -> None:
         """Find, fix, reason, then credit. A rollout in group.note takes one of the G places."""
         if not groups:
             return
@@ -149,7 +176,7 @@ class Method:
             counts = [self.config.rollouts - (group.note is not None) for group in groups]
             run.find(cache, groups, key, counts, run.sampling)
         with phases("teach"):
-            ffr.fix(groups)
+            ffr.fix(groups, run.diagnose)
         with phases("repair"):
             run.reason(cache, groups, key, run.sampling)
         del cache
@@ -159,30 +186,32 @@ class Method:
         for group in groups:
             self.credit(run, group)
 
-    def credit(self, run, group):
-        """Rewards, advantages and whose tokens are trained."""
+    def credit(self, run: Any, group: ffr.Group) -> None:
+        """Set the group's rewards and advantages, and whose tokens are trained."""
         config = self.config
         ffr.credit([group], config.kappa, config.alignment_weight, config.select, config.train_on,
                    not config.no_std, self.value)
 
-    def count(self, name, *values):
+    # -- figures
+
+    def count(self, name: str, *values: float) -> None:
         """Add to one of the step's own figures, a mean over all ranks."""
         self.tally[name] += values
 
-    def figures(self):
-        """The step's own figures, name -> [sum, count]; begins anew."""
+    def figures(self) -> dict[str, list]:
+        """Return the step's own figures, name -> [sum, count], and begin anew."""
         figures = {name: [sum(self.tally[name]), len(self.tally[name])] for name in self.names}
         self.tally.clear()
         return figures
 
 
-def flat(group):
-    """Whether all rewards are equal."""
+def flat(group: ffr.Group) -> bool:
+    """Return whether all rewards are equal."""
     return all(slot.advantage == 0 for slot in group.slots)
 
 
 class Ffr(Method):
-    """Find, fix, reason; a repair is scored under (x, c) (Eq. 10).
+    """FFR itself: find, fix, reason; a repair is scored under (x, c) (Eq. 10).
 
     With --score_under plain under x, by the policy that sampled it, and where its advantage is
     positive only: what a repair did wrong is improbable under x as it is, and pushing the
@@ -190,12 +219,15 @@ class Ffr(Method):
     """
     asks = repairs = True
 
-    def weight(self, step):
-        """λ of the token credit by the patch."""
+    def weight(self, step: int) -> float:
+        """Return λ of the token credit by the patch, which plain FFR has none of."""
         return 0.0
 
-    def weigh(self, run, batches):
-        """Under x by the sampling policy: the token credit's other side, or suffix and π_old."""
+    def weigh(self, run: Any, batches: list[ffr.MicroBatch]) -> None:
+        """Score repairs under x too, by the policy that sampled them, where that is needed.
+
+        For the token credit, or with --score_under plain in place of suffix and π_old.
+        """
         weight, under_x = self.weight(run.step), self.config.score_under == "plain"
         for batch in batches if weight or under_x else []:
             headers = [run.prompts.header] * len(batch.suffixes)
@@ -216,14 +248,15 @@ class Ffr(Method):
 
 
 class Sft(Method):
-    """Imitate the data's trace under x and, where there is evidence for a patch, under (x, c)."""
+    """Imitation of the data's trace under x and, where evidence gives a patch, under (x, c)."""
     asks, repairs, compares = True, True, False
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         super().__init__(config)
         self.surrogate = imitate
 
-    def fill(self, run, step, phases):
+    def fill(self, run: Any, step: int, phases: Callable) -> list[ffr.Group]:
+        """Return this rank's groups of a step, with the traces in place of rollouts."""
         with phases("load"):
             groups = self.prompts(run, step)
         for group, traces in zip(groups, self.traces(run, groups, phases)):
@@ -231,8 +264,9 @@ class Sft(Method):
                            for trace in traces]
         return groups
 
-    def traces(self, run, groups, phases):
-        """What to imitate for each group."""
+    def traces(self, run: Any, groups: list[ffr.Group],
+               phases: Callable) -> Iterable[list[ffr.Rollout]]:
+        """Return what to imitate for each group."""
         for sample in (group.sample for group in groups):
             text = f"{sample.process}\n<answer>{sample.answer}</answer>".lstrip()
             ids, patch = run.prompts.completion(text), run.teacher.diagnose(sample, text)
@@ -242,15 +276,18 @@ class Sft(Method):
 
 
 class SftTeacher(Sft):
-    """Imitate the teacher's verified trace under x: distillation."""
+    """Distillation: imitation of the teacher's verified trace under x."""
     repairs, names = False, ("trace_used",)
 
-    def traces(self, run, groups, phases):
+    def traces(self, run: Any, groups: list[ffr.Group],
+               phases: Callable) -> Iterable[list[ffr.Rollout]]:
+        """Return the teacher's trace for each group, or none where the verifier refused it."""
         return [[trace] if trace else [] for trace in verified(self, run, groups, phases)]
 
 
-def verified(method, run, groups, phases):
-    """The teacher's trace for each group as a rollout, None where the verifier refused it.
+def verified(method: Method, run: Any, groups: list[ffr.Group],
+             phases: Callable) -> list[ffr.Rollout | None]:
+    """Return the teacher's trace for each group as a rollout, None where the verifier refused it.
 
     π_φ, the policy that wrote it, counts as 1: its old_logp are zeros.
     """
@@ -276,18 +313,19 @@ class Luffy(Method):
     """
     asks, names = True, ("trace_used",)
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         super().__init__(config)
         self.surrogate = partial(shaped, gamma=config.shape_gamma, otherwise=self.surrogate)
 
-    def roll(self, run, groups, key, phases):
+    def roll(self, run: Any, groups: list[ffr.Group], key: str, phases: Callable) -> None:
+        """Note the groups' verified traces, then fill the other places as GRPO does."""
         for group, trace in zip(groups, verified(self, run, groups, phases)):
             group.note = trace
         super().roll(run, groups, key, phases)
 
 
 class Replay(Luffy):
-    """Old successes join new rollouts of questions that are neither solved nor hopeless.
+    """Old successes beside new rollouts of questions that are neither solved nor hopeless.
 
     A buffer per rank holds, of each question, the successes with their log-probs at the time and k,
     how many of its latest G succeeded (a replayed one counts); k = G retires it from the buffer.
@@ -297,12 +335,12 @@ class Replay(Luffy):
     """
     asks, names = False, ("replay_questions", "replayed")
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         super().__init__(config)
         self.buffer, self.retired, self.started = {}, set(), False
 
-    def prompts(self, run, step):
-        """The step's prompts, a share of them replaced by the buffer's."""
+    def prompts(self, run: Any, step: int) -> list[ffr.Group]:
+        """Return the step's groups, a share of them replaced by the buffer's."""
         key, groups = f"{self.config.seed}/{step}/replay", run.fetch(step)
         wanted = self.config.replay_share * len(groups)
         count = int(wanted) + bool(ffr.noise(f"{key}/share", 1, 1) < wanted % 1)
@@ -313,8 +351,8 @@ class Replay(Luffy):
             group.note = self.buffer[group.sample.id]["kept"]
         return groups[:len(groups) - len(again)] + again
 
-    def pick(self, count, without, key):
-        """Ids of at most `count` questions: a bucket by its weight, a question by chance."""
+    def pick(self, count: int, without: set[str], key: str) -> list[str]:
+        """Draw ids of at most `count` questions: a bucket by its weight, a question by chance."""
         rng, half, buckets = random.Random(key), self.config.rollouts / 2, defaultdict(list)
         for name, question in self.buffer.items():
             if self.started and question["k"] and name not in without:
@@ -325,15 +363,16 @@ class Replay(Luffy):
             picked.append(buckets[k].pop(rng.randrange(len(buckets[k]))))
         return picked
 
-    def roll(self, run, groups, key, phases):
+    def roll(self, run: Any, groups: list[ffr.Group], key: str, phases: Callable) -> None:
+        """Note the surest old success of each group that has some, then go on as GRPO does."""
         with phases("replay"):
             for group in groups:
                 group.note = group.note and self.surest(run, group)
                 self.count("replayed", float(group.note is not None))
         Method.roll(self, run, groups, key, phases)
 
-    def surest(self, run, group):
-        """The question's success of lowest mean token entropy under the current policy."""
+    def surest(self, run: Any, group: ffr.Group) -> ffr.Rollout:
+        """Return the question's success of lowest mean token entropy under the current policy."""
         header, kept = run.prompts.header, [ids_C for ids_C, _ in group.note]
         with torch.no_grad():
             _, entropy_T = run.student([group.prefix], [header] * len(kept), [0] * len(kept), kept,
@@ -344,7 +383,7 @@ class Replay(Luffy):
         accuracy, form, _ = run.score(group.sample, text)
         return ffr.Rollout(ids_C, old_logp_C, header, text, accuracy, form, True, True)
 
-    def after(self, run, groups):
+    def after(self, run: Any, groups: list[ffr.Group]) -> None:
         """Begin once a batch of all ranks is right often enough; keep successes from then on."""
         own = [slot.first for group in groups for slot in group.slots if not slot.off_policy]
         counts = run.everyone((sum(first.correct for first in own), len(own)))
@@ -354,7 +393,7 @@ class Replay(Luffy):
             self.keep(group)
         self.count("replay_questions", len(self.buffer))
 
-    def keep(self, group):
+    def keep(self, group: ffr.Group) -> None:
         """Update a question's successes and k; retire it where all G succeeded."""
         name, right = group.sample.id, [slot.first for slot in group.slots if slot.first.correct]
         if len(right) == len(group.slots) or name in self.retired:
@@ -368,10 +407,12 @@ class Replay(Luffy):
         if kept:
             self.buffer[name] = {"k": len(right), "kept": kept[-KEPT:]}
 
-    def state(self):
+    def state(self) -> dict:
+        """Return the buffer, the retired questions, and whether replay has begun."""
         return {"buffer": self.buffer, "retired": sorted(self.retired), "started": self.started}
 
-    def resume(self, step, state):
+    def resume(self, step: int, state: dict) -> None:
+        """Go on with the buffer as it was."""
         self.buffer, self.started = state["buffer"], state["started"]
         self.retired = set(state["retired"])
 
@@ -381,15 +422,16 @@ class Replay(Luffy):
 
 
 class Tgrpo(Method):
-    """R_i += α for right answers to videos whose frames in order do at least as well as shuffled
-    (p ≥ μ p̃), and += ω for right answers of a wanted length where more than one is right.
+    """T-GRPO: bonuses for right answers that need the order of the frames, and for their length.
 
+    R_i += α for right answers to videos whose frames in order do at least as well as shuffled
+    (p ≥ μ p̃), and += ω for right answers of a wanted length where more than one is right.
     With accuracies of 0 and 1 and a constant format the first changes nothing but δ's share.
     """
     names = ("shuffled_accuracy", "order_bonus")
 
-    def beside(self, run, groups, key, phases):
-        """p̃: G/2 answers to the same prompts with shuffled frames, verified and forgotten."""
+    def beside(self, run: Any, groups: list[ffr.Group], key: str, phases: Callable) -> None:
+        """Find p̃: G/2 answers to the same prompts with shuffled frames, verified and forgotten."""
         groups = [group for group in groups if group.sample.media_type == "video"]
         with phases("shuffled"):
             mixed = [shuffled(run, group.sample, key) for group in groups]
@@ -400,7 +442,8 @@ class Tgrpo(Method):
             group.note = sum(slot.first.accuracy for slot in other.slots) / len(other.slots)
             self.count("shuffled_accuracy", group.note)
 
-    def credit(self, run, group):
+    def credit(self, run: Any, group: ffr.Group) -> None:
+        """Add the bonuses to the rewards, then compare them."""
         right = [slot.first.accuracy > PARTLY_RIGHT for slot in group.slots]
         p = sum(slot.first.accuracy for slot in group.slots) / len(group.slots)
         ordered = group.note is not None and p >= ORDER_MARGIN * group.note
@@ -411,12 +454,13 @@ class Tgrpo(Method):
         self.count("order_bonus", float(ordered and any(right)))
         super().credit(run, group)
 
-    def value(self, slot, kappa, alignment_weight):
+    def value(self, slot: ffr.Slot, kappa: float, alignment_weight: float) -> float:
+        """Return the reward with its bonus."""
         return ffr.reward(slot, kappa, alignment_weight) + slot.note
 
 
-def shuffled(run, sample, key):
-    """A group of the same sample, its frames permuted and their times left in place."""
+def shuffled(run: Any, sample: Any, key: str) -> ffr.Group:
+    """Return a group of the same sample, its frames permuted and their times left in place."""
     frames = sample.clip.frames
     order = ffr.noise(f"{key}/{sample.id}/order", 1, len(frames))[0].argsort()
     mixed = replace(sample, clip=replace(sample.clip, frames=frames[order]))
@@ -424,14 +468,16 @@ def shuffled(run, sample, key):
 
 
 class Vote(Method):
-    """Reward 1 for the answer that most of the group gave, whatever the gold one; and format.
+    """Majority vote: reward 1 for the answer that most of the group gave, and format.
 
-    Answers are compared as the verifier compares them with a gold answer. No answer is no vote (the
-    authors' code lets it win); the first met wins a tie. The metrics keep the gold accuracy.
+    The gold answer plays no part; answers are compared as the verifier compares them with a gold
+    one. No answer is no vote (the authors' code lets it win); the first met wins a tie. The metrics
+    keep the gold accuracy.
     """
     names = ("label_accuracy", "majority_share")
 
-    def credit(self, run, group):
+    def credit(self, run: Any, group: ffr.Group) -> None:
+        """Count the votes, reward those for the winner, and compare the rewards."""
         sample, texts = group.sample, [slot.first.text for slot in group.slots]
         ballots, most = [0.0] * len(texts), ""
         for answer in dict.fromkeys(filter(None, map(run.answer, texts))):
@@ -445,26 +491,28 @@ class Vote(Method):
         self.count("majority_share", sum(ballots) / len(ballots))
         super().credit(run, group)
 
-    def value(self, slot, kappa, alignment_weight):
+    def value(self, slot: ffr.Slot, kappa: float, alignment_weight: float) -> float:
+        """Return the slot's note, a vote that won or the judge's score, and format on top."""
         return slot.note + slot.first.format
 
 
 class Judge(Vote):
-    """The teacher's score in 0, 0.1, …, 1 takes the accuracy's place in the reward.
+    """Reward with the teacher's score, 0, 0.1, …, 1, in the accuracy's place.
 
     Coarse, because standardising a group magnifies small differences. Without a score: accuracy.
     """
     asks, names, credit = True, ("judge_score", "judge_failed"), Method.credit
 
-    def beside(self, run, groups, key, phases):
+    def beside(self, run: Any, groups: list[ffr.Group], key: str, phases: Callable) -> None:
+        """Ask the teacher to judge every slot."""
         for slot, score in told(run, "judge", groups, phases):
             slot.note = slot.first.accuracy if score is None else round(10 * score) / 10
             self.count("judge_score", slot.note)
             self.count("judge_failed", float(score is None))
 
 
-def told(run, task, groups, phases):
-    """Every slot of the groups with the teacher's answer to a task; all are asked at once."""
+def told(run: Any, task: str, groups: list[ffr.Group], phases: Callable) -> list[tuple]:
+    """Return every slot of the groups with the teacher's answer to a task, all asked at once."""
     with phases("teach"):
         asked = [(slot, run.teacher.ask(task, group.sample, slot.first.text))
                  for group in groups for slot in group.slots]
@@ -476,36 +524,38 @@ def told(run, task, groups, phases):
 
 
 class Rlsd(Method):
-    """Â_t ← Â W_t; W from Δ_t = sg[log π_T(y_t | x, r, y_<t) − log π_θ(y_t | x, y_<t)].
+    """RLSD: token credit Â_t ← Â W_t by a copy of the policy that is told the answer.
 
-    The teacher π_T is a copy of the policy, overwritten every --sd_sync steps; r the gold answer.
-    λ falls from --sd_lambda to 0 over --sd_horizon steps, then the copy goes and all is GRPO. Δ is
-    taken before the step's first update. The authors run --beta 0, --clip_high 0.28.
+    W is from Δ_t = sg[log π_T(y_t | x, r, y_<t) − log π_θ(y_t | x, y_<t)], taken before the step's
+    first update. The teacher π_T is the copy, overwritten every --sd_sync steps; r the gold answer.
+    λ falls from --sd_lambda to 0 over --sd_horizon steps, then the copy goes and all is GRPO. The
+    authors run --beta 0, --clip_high 0.28.
     """
     names, horizon, among = ("credit_weight", "credit_change"), 60, False
 
-    def weight(self, step):
-        """λ of a step, counted from 0."""
+    def weight(self, step: int) -> float:
+        """Return λ of a step, counted from 0."""
         return self.config.sd_lambda * max(0.0, 1 - step / (self.config.sd_horizon or self.horizon))
 
-    def start(self, load):
-        """The copy: fp32 like the policy's weights, sharded like them, never trained."""
+    def start(self, load: Callable) -> None:
+        """Load the copy: fp32 like the policy's weights, sharded like them, never trained."""
         self.copy = load(trainable=False, master=True) if self.weight(0) else None
 
-    def weigh(self, run, batches):
+    def weigh(self, run: Any, batches: list[ffr.MicroBatch]) -> None:
+        """Size every token's credit by the copy, while λ is not 0."""
         for batch in batches if self.weight(run.step) else []:
             self.apply(batch, self.gap(run, batch), self.weight(run.step))
 
-    def apply(self, batch, gap_T, weight):
-        """Â_t ← Â_t W_t."""
+    def apply(self, batch: ffr.MicroBatch, gap_T: Tensor, weight: float) -> None:
+        """Set Â_t ← Â_t W_t."""
         W_T = token_credit(batch.advantage_T, gap_T, weight, self.config.sd_clip)
         batch.advantage_T = batch.advantage_T * W_T
         if batch.members:
             self.count("credit_weight", weight)
             self.count("credit_change", *(W_T - 1).abs().tolist())
 
-    def gap(self, run, batch):
-        """Δ [T]: the same prefixes and completions under [hint, header] and under [header].
+    def gap(self, run: Any, batch: ffr.MicroBatch) -> Tensor:
+        """Return Δ [T]: the same prefixes and completions under [hint, header] and under [header].
 
         `among`: log-probs renormalised over the teacher's --sd_topk likeliest tokens and y_t.
         """
@@ -519,40 +569,42 @@ class Rlsd(Method):
             ours_T, _ = run.student(batch.prefixes, batch.suffixes, *rest, support=ids_TK)
         return (theirs_T - ours_T).cpu()
 
-    def hint(self, sample, slot):
-        """What the replay is told and the policy is not."""
+    def hint(self, sample: Any, slot: ffr.Slot) -> str:
+        """Return what the replay is told and the policy is not."""
         return (f"\nA reference solution ends with the answer {sample.answer}. Make sure you see "
                 "why, then solve the question in your own way.")
 
-    def after(self, run, groups):
-        """θ_T ← θ_T + rate (θ − θ_T); drop the copy when λ has come to 0."""
+    def after(self, run: Any, groups: list[ffr.Group]) -> None:
+        """Set θ_T ← θ_T + rate (θ − θ_T); drop the copy when λ has come to 0."""
         if self.copy is not None and (rate := self.rate(run.step + 1)):
             self.copy.follow(run.student, rate)
         self.resume(run.step + 1, None)
 
-    def rate(self, steps):
-        """1 when a copy is due."""
+    def rate(self, steps: int) -> float:
+        """Return 1 when a copy is due after so many steps, else 0."""
         return float(steps % self.config.sd_sync == 0)
 
-    def resume(self, step, state):
+    def resume(self, step: int, state: Any) -> None:
+        """Keep the copy if it is needed from here on."""
         self.copy = self.copy if self.weight(step) else None
 
 
 class Visd(Rlsd):
-    """RLSD with an average over steps for a teacher (EMA), r with evidence and a judge's feedback,
-    and Δ on a support of tokens.
+    """ViSD: RLSD whose copy is an average over steps (EMA) and is told more.
 
-    The authors run --rollouts 4, --loss_norm sequence, --beta 0; their reward has five more parts.
+    r has the evidence and a judge's feedback as well; Δ is on a support of tokens. The authors run
+    --rollouts 4, --loss_norm sequence, --beta 0; their reward has five more parts.
     """
     asks, horizon, among = True, 600, True
 
-    def beside(self, run, groups, key, phases):
+    def beside(self, run: Any, groups: list[ffr.Group], key: str, phases: Callable) -> None:
+        """Ask the teacher for feedback on every slot, while λ is not 0."""
         if self.weight(run.step):
             for slot, feedback in told(run, "feedback", groups, phases):
                 slot.note = feedback
 
-    def hint(self, sample, slot):
-        """Verified answer, window, key frames; the feedback on this rollout."""
+    def hint(self, sample: Any, slot: ffr.Slot) -> str:
+        """Return verified answer, window, key frames, and the feedback on this rollout."""
         parts = [f"\nFor you alone: the verified answer is {sample.answer}."]
         for evidence in sample.evidence:
             times = [t for t in sample.clip.times if evidence.start <= t <= evidence.end]
@@ -560,13 +612,13 @@ class Visd(Rlsd):
             parts.append(f"It shows from {evidence.start:.1f} s to {evidence.end:.1f} s{shown}.")
         return " ".join([*parts, slot.note or ""]).rstrip()
 
-    def rate(self, steps):
-        """μ after every step."""
+    def rate(self, steps: int) -> float:
+        """Return μ, after every step."""
         return self.config.sd_ema
 
 
 class FfrVisd(Ffr):
-    """FFR, where a repair's tokens weigh by Δ = log π(y | x, c) − log π(y | x); first tries: W = 1.
+    """FFR with a repair's tokens weighed by Δ = log π(y | x, c) − log π(y | x); first tries: W = 1.
 
     Both are the sampling policy's: log π(y | x, c) is the repair's old_logp, so one pass will do.
     """

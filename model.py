@@ -19,19 +19,22 @@ Dimensions: B prefixes, N suffixes (rows), P prefix tokens, S suffix tokens, C c
 packed tokens, V vocabulary, D width, H query heads, K key-value heads, E head width, L cache slots.
 """
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import fsdp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
-                                    register_fsdp_forward_method)
 from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils.logging import set_tqdm_hook
 
 try:
     from flash_attn import flash_attn_varlen_func
@@ -62,8 +65,8 @@ class Cache:
     features: "Features | None" = None
     linears: dict = field(default_factory=dict)
 
-    def linear(self, *layers):
-        """`packed(layers)`, made once for the tries and repairs of a step."""
+    def linear(self, *layers: nn.Linear) -> Callable:
+        """Return `packed(layers)`, made once for the tries and repairs of a step."""
         if layers not in self.linears:
             self.linears[layers] = packed(layers)
         return self.linears[layers]
@@ -77,14 +80,15 @@ class Features:
 
 
 class Tree:
-    """How one packed row splits into prefixes and suffixes, and which suffix hangs where.
+    """The split of one packed row into prefixes and suffixes, and which suffix hangs where.
 
     prefix_lengths: B ints; suffix_lengths, owners: N ints. With `cache` the prefixes are not in the
     row but in the cache. `store` collects each layer's padded keys and values: of the prefixes, or
     of the suffixes where the prefixes are cached.
     """
 
-    def __init__(self, prefix_lengths, suffix_lengths, owners, device, cache=None, store=None):
+    def __init__(self, prefix_lengths: list[int], suffix_lengths: list[int], owners: list[int],
+                 device: torch.device, cache: Cache | None = None, store: list | None = None):
         assert len(suffix_lengths) == len(owners) and set(owners) <= set(range(len(prefix_lengths)))
         self.cache, self.store = cache, store
         self.prefix_lengths, self.suffix_lengths = prefix_lengths, suffix_lengths
@@ -94,10 +98,8 @@ class Tree:
         self.device = device
 
     @cached_property
-    def runs(self):
-        """Rows to attend together, padded to the longest: all of them where their keys are stored,
-        else a new run where a row is longer than the run's first by a quarter.
-        """
+    def runs(self) -> list[tuple]:
+        """Return the rows to attend together: all where their keys are stored, else alike ones."""
         cuts = [0] if self.suffix_lengths else []
         for n, length in enumerate(self.suffix_lengths):
             if self.store is None and length > 1.25 * self.suffix_lengths[cuts[-1]]:
@@ -105,14 +107,14 @@ class Tree:
         return [self._run(*bounds) for bounds in zip(cuts, [*cuts[1:], len(self.suffix_lengths)])]
 
     def _run(self, first, last):
-        """Rows first..last: their tokens in the packed row, owners, mask, pad and unpad gathers."""
+        """Return rows first..last: tokens in the packed row, owners, mask, pad and unpad."""
         lengths, owners = self.suffix_lengths[first:last], self.owners[first:last]
         start = self.prefix_tokens + sum(self.suffix_lengths[:first])
         return (slice(start, start + sum(lengths)), owners, self._suffix_mask(max(lengths), owners),
                 *_padding(lengths, self.device))
 
     def _suffix_mask(self, S, owners):
-        """[N or 1, 1, S, P + S] bool: a suffix sees its prefix and itself up to its own token."""
+        """Return [N or 1, 1, S, P + S] bool: a token sees its prefix, its suffix up to itself."""
         P, device = max(self.prefix_lengths), self.device
         causal_SS = torch.ones(S, S, dtype=torch.bool, device=device).tril()
         lengths_B1 = torch.tensor(self.prefix_lengths, device=device)[:, None]
@@ -122,9 +124,11 @@ class Tree:
         return torch.cat([seen_NSP, causal_SS.expand(len(seen_NSP), S, S)], dim=-1)[:, None]
 
     @cached_property
-    def varlen(self):
-        """Cumulative and largest lengths of prefixes, suffixes and [prefix, suffix] pairs, and the
-        gather that lays the keys of those pairs end to end: what variable-length kernels read.
+    def varlen(self) -> tuple:
+        """Return what variable-length kernels read: lengths, and the gather of the keys.
+
+        Cumulative and largest lengths of prefixes, of suffixes and of [prefix, suffix] pairs; the
+        gather lays the keys of those pairs end to end.
         """
         P, S, owners = self.prefix_lengths, self.suffix_lengths, self.owners.tolist()
         L = [P[b] + s for b, s in zip(owners, S)]
@@ -139,10 +143,9 @@ class Tree:
 
 
 def _padding(lengths, device):
-    """Gathers between packed [T] and padded [N, S]: packed.index_select(pad) and
-    padded.flatten().index_select(unpad).
+    """Return the gathers from packed [T] to padded [N, S] and from padded.flatten() back.
 
-    Either is None where all lengths are equal, so that a view does. Padding slots repeat token 0;
+    Both are None where all lengths are equal, so that a view does. Padding slots repeat token 0;
     nothing reads them.
     """
     if len(set(lengths)) <= 1:
@@ -157,23 +160,23 @@ def _padding(lengths, device):
 
 
 def _pad(x_HTE, rows, index):
-    """Packed [H, T, E] to padded [rows, H, S, E]."""
+    """Turn packed [H, T, E] into padded [rows, H, S, E]."""
     if index is not None:
         x_HTE = x_HTE.index_select(1, index)
     return x_HTE.unflatten(1, (rows, -1)).transpose(0, 1)
 
 
 def _unpad(x_NSHE, index):
-    """Padded [N, S, H, E] to packed [T, H, E]."""
+    """Turn padded [N, S, H, E] into packed [T, H, E]."""
     x = x_NSHE.flatten(0, 1)
     return x if index is None else x.index_select(0, index)
 
 
-def grouped_attention(q_NHSE, k_NKLE, v_NKLE, scale, mask):
-    """Fused attention where H/K query heads share a key head: they are folded into the query axis,
-    nothing is repeated.
+def grouped_attention(q_NHSE: Tensor, k_NKLE: Tensor, v_NKLE: Tensor, scale: float,
+                      mask: Tensor) -> Tensor:
+    """Attend where H/K query heads share a key head; return [N, S, H, E].
 
-    mask: bool [N or 1, 1, S, L]. Returns [N, S, H, E].
+    They are folded into the query axis, nothing is repeated. mask: bool [N or 1, 1, S, L].
     """
     N, H, S, E = q_NHSE.shape
     K, group = k_NKLE.shape[1], H // k_NKLE.shape[1]
@@ -184,9 +187,10 @@ def grouped_attention(q_NHSE, k_NKLE, v_NKLE, scale, mask):
     return out.reshape(N, K, group, S, E).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def tree_attention(module, query, key, value, attention_mask, scaling=None, tree=None, **unused):
-    """The attention function that transformers calls in every text layer, by the tree of the row
-    (design, section 3).
+def tree_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+                   attention_mask: None, scaling: float | None = None, tree: Tree | None = None,
+                   **unused: Any) -> tuple[Tensor, None]:
+    """Attend by the row's tree; transformers calls this in every text layer.
 
     query [1, H, T, E], key and value [1, K, T, E] -> [1, T, H, E]. Two calls: causal over the
     prefixes, then suffix queries over [own prefix, own suffix], causal from the bottom right.
@@ -216,10 +220,9 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, tree
     return torch.cat(parts)[None], None
 
 
-def tree_attention_varlen(q_HTE, k_KTE, v_KTE, scaling, tree, kernel=None):
-    """The same two calls with a variable-length kernel (flash-attn's, else torch's): no padding at
-    all. [T, H, E].
-    """
+def tree_attention_varlen(q_HTE: Tensor, k_KTE: Tensor, v_KTE: Tensor, scaling: float, tree: Tree,
+                          kernel: Callable | None = None) -> Tensor:
+    """Attend in the same two calls with a variable-length kernel, unpadded; return [T, H, E]."""
     kernel = kernel or varlen_kernel
     q, k, v = (x.transpose(0, 1) for x in (q_HTE, k_KTE, v_KTE))
     (cu_P, P), (cu_S, S), (cu_L, L), keys = tree.varlen
@@ -230,10 +233,9 @@ def tree_attention_varlen(q_HTE, k_KTE, v_KTE, scaling, tree, kernel=None):
     return torch.cat(out)
 
 
-def varlen_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale):
-    """Causal (bottom right) variable-length attention over [T, heads, E], by flash-attn or by
-    torch.
-    """
+def varlen_kernel(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int,
+                  max_k: int, scale: float) -> Tensor:
+    """Attend within sequences of [T, heads, E], causal (bottom right), by flash-attn or torch."""
     if flash_attn_varlen_func is not None:
         return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale,
                                       causal=True)
@@ -250,15 +252,14 @@ AttentionInterface.register("prefix_tree_varlen", tree_attention)
 # Positions
 
 
-def mrope(segment, start, config):
-    """M-RoPE positions [3, n] of a segment that starts at `start`, and the position after it.
+def mrope(segment: Any, start: int, config: Any) -> tuple[Tensor, int]:
+    """Return M-RoPE positions [3, n] of a segment that starts at `start`, and the one after it.
 
     Text counts up on all three axes. An image or video starts after the text before it; its
     temporal axis counts floor(t * seconds_per_grid * tokens_per_second) for Qwen2.5-VL and stands
-    still within a placeholder run for Qwen3-VL; what follows
-    starts at the largest position so far plus one: the rule of the released checkpoints
-    (transformers 5.3 and later let text overlap a long video's temporal positions, which is not
-    what they were trained with).
+    still within a placeholder run for Qwen3-VL; what follows starts at the largest position so far
+    plus one: the rule of the released checkpoints (transformers 5.3 and later let text overlap a
+    long video's temporal positions, which is not what they were trained with).
     """
     ids = segment.ids.tolist()
     visual = {config.image_token_id, config.video_token_id}
@@ -292,9 +293,7 @@ def mrope(segment, start, config):
 
 @dataclass
 class Completion:
-    """What was sampled in one row: ids [C] through EOS (or cut at the limit), and their log-probs
-    [C] in fp32.
-    """
+    """A sampled row: ids [C] through EOS (or cut at the limit), and their log-probs [C] in fp32."""
     ids: Tensor
     logp: Tensor
     finished: bool
@@ -303,7 +302,8 @@ class Completion:
 class Student(nn.Module):
     """A vision-language model with four operations: prefill, sample, score (forward) and save."""
 
-    def __init__(self, model, processor, trainable=True, freeze_vision=False):
+    def __init__(self, model: nn.Module, processor: Any, trainable: bool = True,
+                 freeze_vision: bool = False):
         super().__init__()
         self.model, self.processor, self.trainable = model, processor, trainable
         self.record = None  # see DecodeRows
@@ -314,18 +314,20 @@ class Student(nn.Module):
         eos = model.generation_config.eos_token_id
         self.eos_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        # a sampled placeholder has no pixels, and rows past the tokenizer have no text: none may be
-        # sampled
+        # a placeholder has no pixels, a row past the tokenizer no text: none may be sampled
         unused = set(range(len(tokenizer), model.config.text_config.vocab_size))
         banned = torch.tensor(sorted((special | unused) - self.eos_ids), dtype=torch.long)
         self.register_buffer("banned", banned, persistent=False)
 
     @classmethod
-    def load(cls, path, device="cpu", dtype=torch.float32, attention="auto", trainable=True,
-             freeze_vision=False, recompute=False, master=False, cuda_graphs=False):
-        """Load a checkpoint folder or hub name; weights in fp32 where they are trained, or with
-        `master` (an average over steps too small for bfloat16), else in `dtype`.
+    def load(cls, path: str | Path, device: torch.device | str = "cpu",
+             dtype: torch.dtype = torch.float32, attention: str = "auto", trainable: bool = True,
+             freeze_vision: bool = False, recompute: bool = False, master: bool = False,
+             cuda_graphs: bool = False) -> "Student":
+        """Load a checkpoint folder or hub name.
 
+        dtype: what is computed in. The weights are kept in fp32 where they are trained or `master`
+        asks for it (an average over steps, whose changes are too small for bfloat16).
         attention: auto | flash | sdpa. recompute: activation checkpointing of every block in
         training. cuda_graphs: of decode steps.
         """
@@ -335,10 +337,12 @@ class Student(nn.Module):
         flash = on_cuda and dtype != torch.float32 and attention != "sdpa"
         vision = "flash_attention_2" if flash and flash_attn_varlen_func else "sdpa"
         text = "prefix_tree_varlen" if flash else "prefix_tree"
-        model = AutoModelForImageTextToText.from_pretrained(
-            path, dtype="auto", attn_implementation={"text_config": text, "vision_config": vision})
+        with _no_bars():
+            model = AutoModelForImageTextToText.from_pretrained(
+                path, dtype="auto",
+                attn_implementation={"text_config": text, "vision_config": vision})
         if recompute:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_blocks(model)
         model.train(trainable)
         student = cls(model, AutoProcessor.from_pretrained(path), trainable, freeze_vision)
         student.record = cuda_graph if cuda_graphs else None
@@ -351,15 +355,14 @@ class Student(nn.Module):
         return cast(student, weights).to(device)
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
+        """Return where the student is."""
         return self.banned.device
 
     # -- the pieces every pass shares
 
-    def features(self, segments):
-        """The vision tower over all images and videos of `segments`, in order, in one call. None
-        without any.
-        """
+    def features(self, segments: list) -> Features | None:
+        """Run the vision tower over all images and videos in one call; None without any."""
         pixels = [s.pixels for s in segments if s.pixels is not None]
         if not pixels:
             return None
@@ -370,8 +373,9 @@ class Student(nn.Module):
             out = tower(pixels, grid_thw=grids, return_dict=True)
         return Features(out.pooler_output, list(getattr(out, "deepstack_features", None) or []))
 
-    def hidden(self, ids_T, positions_3T, features, tree):
-        """Last hidden states [T, D] of one packed row."""
+    def hidden(self, ids_T: Tensor, positions_3T: Tensor, features: Features | None,
+               tree: Tree) -> Tensor:
+        """Return the last hidden states [T, D] of one packed row."""
         text = self.model.model.language_model
         embeds_TD = text.embed_tokens(ids_T)
         config, extra = self.model.config, {}
@@ -387,15 +391,13 @@ class Student(nn.Module):
                    attention_mask=None, use_cache=False, tree=tree, **extra)
         return out.last_hidden_state[0]
 
-    def logits(self, hidden_TD, temperature, head=None):
-        """fp32 logits [T, V] at a temperature (0, greedy, is scored at 1)."""
+    def logits(self, hidden_TD: Tensor, temperature: float, head: Callable | None = None) -> Tensor:
+        """Return fp32 logits [T, V] at a temperature (0, greedy, is scored at 1)."""
         logits_TV = (head or self.model.lm_head)(hidden_TD).float()
         return logits_TV if temperature in (0, 1) else logits_TV / temperature
 
-    def pack(self, segments, starts):
-        """ids [T] and positions [3, T] of segments laid end to end, each starting at its own
-        position; also where each ends.
-        """
+    def pack(self, segments: list, starts: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+        """Lay segments end to end, each from its own start: ids [T], positions [3, T], ends."""
         placed = [mrope(s, start, self.model.config) for s, start in zip(segments, starts)]
         ids_T = torch.cat([segment.ids for segment in segments]).to(self.device)
         positions_3T = torch.cat([positions for positions, _ in placed], dim=1).to(self.device)
@@ -403,15 +405,15 @@ class Student(nn.Module):
 
     # -- scoring
 
-    def forward(self, prefixes, suffixes, owners, completions, temperature=1.0, entropy=False,
-                features=None, support=None):
-        """log π(completion | prefix, suffix) of every completion token, over the packed tree.
+    def forward(self, prefixes: list, suffixes: list, owners: list[int], completions: list[Tensor],
+                temperature: float = 1.0, entropy: bool = False, features: Features | None = None,
+                support: int | Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Score every completion token over the packed tree: log π(completion | prefix, suffix).
 
         prefixes: B segments; suffixes: N segments (header, or patch and header); owners: N prefix
-        indices;
-        completions: N id tensors [C_n]. Returns logp [sum C_n] in fp32, suffixes in order, and the
-        entropy of the same distributions (no gradient; None unless asked for). Only completion
-        tokens get logits. With `support` instead: see _score_among.
+        indices; completions: N id tensors [C_n]. Returns logp [sum C_n] in fp32, suffixes in order,
+        and the entropy of the same distributions (no gradient; None unless asked for). Only
+        completion tokens get logits. With `support` instead: see _score_among.
         """
         assert len(suffixes) == len(owners) == len(completions)
         lengths = [len(p.ids) for p in prefixes]
@@ -440,9 +442,7 @@ class Student(nn.Module):
         return logp_C, entropy_C if entropy else None
 
     def _all_features(self, prefixes, suffixes, features):
-        """Features of prefixes and suffixes in packed order; the prefixes' are reused where the
-        caller has them.
-        """
+        """Return features in packed order; the prefixes' are reused where the caller has them."""
         if features is None:
             return self.features([*prefixes, *suffixes])
         more = self.features(suffixes)
@@ -452,7 +452,7 @@ class Student(nn.Module):
                         [torch.cat(pair) for pair in zip(features.deepstack, more.deepstack)])
 
     def _score_among(self, hidden_CD, targets_C, temperature, support):
-        """log π of the targets renormalised over a support and themselves [C]; the support [C, K].
+        """Return log π [C] of the targets among a support and themselves, and the support [C, K].
 
         support: ids [C, K], or K for the K likeliest tokens of each place.
         """
@@ -467,10 +467,8 @@ class Student(nn.Module):
     # -- sampling
 
     @torch.no_grad()
-    def prefill(self, prefixes):
-        """Run the prefixes once and keep their keys and values, for all tries and repairs of the
-        step.
-        """
+    def prefill(self, prefixes: list) -> Cache:
+        """Run the prefixes once and keep their keys and values for all tries and repairs."""
         ids_T, positions_3T, ends = self.pack(prefixes, [0] * len(prefixes))
         lengths, features = [len(p.ids) for p in prefixes], self.features(prefixes)
         tree = Tree(lengths, [], [], self.device, store=[])
@@ -479,8 +477,9 @@ class Student(nn.Module):
         return Cache(lengths, ends, keys, values, features if self.freeze_vision else None)
 
     @torch.no_grad()
-    def sample(self, cache, suffixes, owners, uniforms, max_completion, temperature=1.0, top_p=1.0,
-               done=None):
+    def sample(self, cache: Cache, suffixes: list, owners: list[int], uniforms: Tensor,
+               max_completion: int, temperature: float = 1.0, top_p: float = 1.0,
+               done: Callable | None = None) -> list[Completion]:
         """Sample one completion per suffix, all rows together, from the prefixes in `cache`.
 
         suffixes: N segments; owners: N indices into the cache's prefixes; uniforms: [N,
@@ -526,10 +525,10 @@ class Student(nn.Module):
 
     @torch.inference_mode()
     def _draw(self, logits_NV, uniform_N, temperature, top_p):
-        """One token per row: inverse of the cumulative distribution at `uniform`, over the top-p
-        set without banned ids. temperature 0: the likeliest.
+        """Draw one token per row where the cumulative distribution passes `uniform`.
 
-        The log-prob is the untruncated one, the same that scoring computes (design, decision 12).
+        It is that of the top-p set without banned ids; at temperature 0 the likeliest is taken. The
+        log-prob is of all tokens, as in scoring: before any update the ratio of the two is 1.
         """
         allowed_NV = logits_NV.index_fill(-1, self.banned, float("-inf"))
         if temperature == 0:
@@ -553,11 +552,9 @@ class Student(nn.Module):
     # -- weights
 
     @contextmanager
-    def gathered(self):
-        """Under FSDP: all parameters whole on this rank, so that ranks sample without meeting; then
-        given back.
-        """
-        parts = [m for m in self.modules() if isinstance(m, FSDPModule)]
+    def gathered(self) -> Iterator[None]:
+        """Keep FSDP's parameters whole on this rank in the block: ranks sample without meeting."""
+        parts = [m for m in self.modules() if isinstance(m, fsdp.FSDPModule)]
         if parts:
             self.set_reshard_after_forward(False)
         for part in parts:
@@ -571,29 +568,45 @@ class Student(nn.Module):
                 self.set_reshard_after_forward(True)
 
     @torch.no_grad()
-    def follow(self, other, rate):
-        """θ ← θ + μ (θ_other − θ), each rank its own shard; μ = `rate`, 1 for a copy."""
+    def follow(self, other: "Student", rate: float) -> None:
+        """Set θ ← θ + μ (θ_other − θ), each rank its own shard; μ = `rate`, 1 for a copy."""
         for part in [*self.modules(), *other.modules()]:
-            if isinstance(part, FSDPModule):
+            if isinstance(part, fsdp.FSDPModule):
                 part.reshard()
         for mine, theirs in zip(self.parameters(), other.parameters(), strict=True):
             mine, theirs = (p.to_local() if hasattr(p, "to_local") else p for p in (mine, theirs))
             mine.lerp_(theirs, rate)
 
-    def save(self, folder, dtype=None):
-        """Write a Hugging Face checkpoint (weights, config, tokenizer, processor); every rank must
-        call it.
-        """
+    def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a Hugging Face checkpoint: weights, config, processor. Every rank must call it."""
         state = get_model_state_dict(
             self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if not dist.is_initialized() or dist.get_rank() == 0:
             state = {name: weight.to(dtype or weight.dtype) for name, weight in state.items()}
-            self.model.save_pretrained(folder, state_dict=state)
+            with _no_bars():
+                self.model.save_pretrained(folder, state_dict=state)
             self.processor.save_pretrained(folder)
 
 
+def recompute_blocks(model: Any) -> None:
+    """Keep no activations inside a model's blocks: the backward computes them anew."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    enable = enable or model.gradient_checkpointing_enable  # its name in transformers 5.17
+    enable({"use_reentrant": False})
+
+
+@contextmanager
+def _no_bars():
+    """Hide transformers' bars for its files, which would tear ours; those of downloads stay."""
+    before = set_tqdm_hook(lambda bar, args, kwargs: bar(*args, **{**kwargs, "disable": True}))
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)
+
+
 class TokenLogp(torch.autograd.Function):
-    """Log-probs of the target tokens and entropies of their distributions, both fp32 [C].
+    """Log-probs of the target tokens, and entropies of their distributions, both fp32 [C].
 
     logp_c = l_{c,y_c} − logsumexp l_c with l = h Wᵀ / temperature, and for the backward
     ∂logp_c/∂l_c = onehot(y_c) − softmax l_c. Only some rows of [C, V] are ever held, in fp32: the
@@ -602,8 +615,12 @@ class TokenLogp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_CD, weight_VD, targets_C, temperature, entropy):
-        lse_C, logp_C, entropy_C = hidden_CD.new_zeros(3, len(hidden_CD), dtype=torch.float32)
+    def forward(ctx: Any, hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor,
+                temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
+        """Compute both and keep the last chunk's log-probs [c, V] for the backward."""
+        # three tensors and not the rows of one: FSDP warns of outputs that are views
+        lse_C, logp_C, entropy_C = (hidden_CD.new_zeros(len(hidden_CD), dtype=torch.float32)
+                                    for _ in range(3))
         for part in _chunks(len(hidden_CD), len(weight_VD)):
             logp_cV = None  # at most one chunk at a time
             logp_cV = _logits(hidden_CD[part], weight_VD, temperature)
@@ -618,7 +635,8 @@ class TokenLogp(torch.autograd.Function):
         return logp_C, entropy_C
 
     @staticmethod
-    def backward(ctx, dlogp_C, _):
+    def backward(ctx: Any, dlogp_C: Tensor, _: Tensor) -> tuple:
+        """Return the gradients of the hidden states and of the head."""
         hidden_CD, weight_VD, targets_C, lse_C = ctx.saved_tensors
         dhidden_CD = torch.empty_like(hidden_CD)
         dweight_VD = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
@@ -647,8 +665,8 @@ def _chunks(C, V):
     return [slice(start, start + rows) for start in range(0, max(C, 1), rows)]
 
 
-def nucleus(p_NV, top_p):
-    """The smallest value [N, 1] in each row's top-p set: the fewest tokens with top_p of its mass.
+def nucleus(p_NV: Tensor, top_p: float) -> Tensor:
+    """Return the smallest value [N, 1] of each row's top-p set: the fewest tokens of that mass.
 
     Only values are sorted; on a CPU by numpy, which does that much faster than torch.sort.
     """
@@ -659,34 +677,35 @@ def nucleus(p_NV, top_p):
 
 
 def _extended(segment, ids):
-    """The segment with text ids appended."""
+    """Return the segment with text ids appended."""
     return type(segment)(torch.cat([segment.ids, ids]), segment.pixels, segment.grids,
                          segment.seconds_per_grid)
 
 
-def cast(module, dtype):
-    """The module with its weights in `dtype`. Its buffers stay as they are: bfloat16 would round a
-    rotary frequency by up to 1/512 of itself, an error of the angle that grows with the position.
+def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Turn the module's weights into `dtype`, and return it.
+
+    Its buffers stay as they are: bfloat16 would round a rotary frequency by up to 1/512 of itself,
+    an error of the angle that grows with the position.
     """
     for weight in module.parameters():
         weight.data = weight.data.to(dtype)
     return module
 
 
-def shard(student, device, weights, compute):
-    """FSDP: each block its own unit, the rest (embeddings, norms, merger, head) the root; fp32
-    reduction.
-    """
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32,
-                                  cast_forward_inputs=False)
+def shard(student: Student, device: torch.device, weights: torch.dtype,
+          compute: torch.dtype) -> Student:
+    """Shard the student with FSDP: each block its own unit, all else the root; fp32 reduction."""
+    policy = fsdp.MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32,
+                                       cast_forward_inputs=False)
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     inner = student.model.model
     for block in [*inner.visual.blocks, *inner.language_model.layers]:
-        fully_shard(cast(block, weights), mesh=mesh, mp_policy=policy)
-    fully_shard(cast(student, weights), mesh=mesh, mp_policy=policy)
+        fsdp.fully_shard(cast(block, weights), mesh=mesh, mp_policy=policy)
+    fsdp.fully_shard(cast(student, weights), mesh=mesh, mp_policy=policy)
     student.to(device)
     for name in ("prefill", "sample"):
-        register_fsdp_forward_method(student, name)
+        fsdp.register_fsdp_forward_method(student, name)
     return student
 
 
@@ -695,7 +714,7 @@ def shard(student, device, weights, compute):
 
 
 class DecodeRows:
-    """The growing key-value cache of N rows and the one-token forward through the layers' weights.
+    """The growing key-value cache of N rows, and the one-token forward through the layers.
 
     A prefix's keys and values stand once, whatever the number of its rows: the queries of all its
     rows meet them in one product. A row's own slots are [suffix, padded | completion], so that a
@@ -708,7 +727,8 @@ class DecodeRows:
     Dimensions: R rows of the prompt that has most, g query heads of one key head, b = B K, n = N K.
     """
 
-    def __init__(self, model, cache, tree, ends, max_completion, record=None):
+    def __init__(self, model: nn.Module, cache: Cache, tree: Tree, ends: list[int],
+                 max_completion: int, record: Callable | None = None):
         text, lengths, device = model.model.language_model, tree.suffix_lengths, tree.device
         self.record, self.recorded = record, 0
         self.slots_L = torch.arange(max(lengths) + max_completion, device=device)
@@ -735,7 +755,7 @@ class DecodeRows:
         self.prompts = list(range(len(cache.lengths)))
         self._place(tree.owners.tolist())
 
-    def keep(self, rows):
+    def keep(self, rows: Tensor) -> None:
         """Go on with these rows only."""
         self.recorded = 0
         self.own = [self._some(own, rows, 1) for own in self.own]
@@ -761,26 +781,26 @@ class DecodeRows:
             self.grid, self.back = (torch.tensor(x, device=device) for x in (grid, back))
 
     def _some(self, x, chosen, dim=0):
-        """All heads of the chosen rows or prompts, that lie side by side in dimension `dim`."""
+        """Return all heads of the chosen rows or prompts, side by side in dimension `dim`."""
         x = x.unflatten(dim, (-1, self.key_heads))
         return x.index_select(dim, chosen).flatten(dim, dim + 1)
 
     def _together(self, x_ngE):
-        """Rows of one prompt side by side: [B K, R g, E]."""
+        """Lay the rows of one prompt side by side: [B K, R g, E]."""
         (n, g, E), B, K = x_ngE.shape, len(self.prompts), self.key_heads
         x = x_ngE.view(n // K, K, g, E)
         x = x if self.grid is None else x.index_select(0, self.grid)
         return x.view(B, -1, K, g, E).transpose(1, 2).reshape(B * K, -1, E)
 
     def _apart(self, x_brE, g):
-        """Back to rows: [N K, g, E]."""
+        """Undo `_together`: [N K, g, E]."""
         (b, r, E), K = x_brE.shape, self.key_heads
         x = x_brE.view(b // K, K, r // g, g, E).transpose(1, 2)
         x = x if self.back is None else x.flatten(0, 1).index_select(0, self.back)
         return x.reshape(-1, g, E)
 
     def _attend(self, q_NHE, layer, slots, own_bias):
-        """softmax(q kᵀ / √E) v over [prefix, own slots] of every row: [N, H E]."""
+        """Return softmax(q kᵀ / √E) v over [prefix, own slots] of every row: [N, H E]."""
         (keys_bPE, values_bPE), (keys_nLE, values_nLE) = self.prefixes[layer], self.own[layer]
         keys_nLE, values_nLE = keys_nLE[:, :slots], values_nLE[:, :slots]
         (N, H, E), P = q_NHE.shape, keys_bPE.shape[1]
@@ -798,8 +818,8 @@ class DecodeRows:
         return torch.baddbmm(out_ngE, own_ngL, values_nLE).view(N, H * E)
 
     @torch.inference_mode()  # without autograd's bookkeeping, which takes time even unused
-    def step(self, token_N, t):
-        """Hidden states [N, D] after the t-th completion token of every row."""
+    def step(self, token_N: Tensor, t: int) -> Tensor:
+        """Return hidden states [N, D] after the t-th completion token of every row."""
         self.at_1.fill_(self.base + t)
         if self.record is None:
             return self._forward(token_N, self.base + t + 1)
@@ -835,15 +855,13 @@ class DecodeRows:
 
 
 @cache
-def recording_stream():
-    """The process's one stream to record graphs on: cuBLAS keeps a workspace for each stream."""
+def recording_stream() -> torch.cuda.Stream:
+    """Return the process's one stream to record on: cuBLAS keeps a workspace for each stream."""
     return torch.cuda.Stream()
 
 
-def cuda_graph(work):
-    """A function that repeats the kernels of work() on the same tensors; each call overwrites the
-    output of the last.
-    """
+def cuda_graph(work: Callable) -> Callable:
+    """Record work()'s kernels; return what repeats them, each call into the last one's output."""
     stream, now = recording_stream(), torch.cuda.current_stream()
     stream.wait_stream(now)
     with torch.cuda.stream(stream):
@@ -860,7 +878,7 @@ def cuda_graph(work):
 
 
 def _modules(layer, linear):
-    """A layer's parts in the order of use; `linear` makes its linear layers fit for few rows."""
+    """Return a layer's parts in order of use; `linear` makes its linear layers fit for few rows."""
     attention, mlp = layer.self_attn, layer.mlp
     return (layer.input_layernorm, linear(attention.q_proj, attention.k_proj, attention.v_proj),
             getattr(attention, "q_norm", None), getattr(attention, "k_norm", None),
@@ -868,10 +886,11 @@ def _modules(layer, linear):
             linear(mlp.gate_proj, mlp.up_proj), mlp.act_fn, linear(mlp.down_proj))
 
 
-def packed(layers):
-    """Linear layers that read the same handful of rows, their outputs side by side: on a CPU in
-    fp32 one product with a copy of their weights in the blocked order of oneDNN, which is faster
-    for few rows; elsewhere the layers themselves.
+def packed(layers: tuple[nn.Linear, ...]) -> Callable:
+    """Return linear layers that read the same few rows as one function, outputs side by side.
+
+    On a CPU in fp32 it is one product with a copy of their weights in the blocked order of oneDNN,
+    which is faster for few rows; elsewhere the layers themselves.
     """
     weight = layers[0].weight
     if weight.is_cuda or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
@@ -889,11 +908,11 @@ def _column(numbers, device):
 
 
 def _bias(seen_NL, dtype):
-    """What to add to attention scores [N, K, ·, L]: 0 where seen, else -inf."""
+    """Return what to add to attention scores [N, K, ·, L]: 0 where seen, else -inf."""
     zeros = torch.zeros(seen_NL.shape, dtype=dtype, device=seen_NL.device)
     return zeros.masked_fill(~seen_NL, float("-inf"))[:, None, None]
 
 
 def _rotate(x_NHE, cos, sin):
-    """Rotary embedding in the half-split layout of Qwen; the first half of `sin` is negative."""
+    """Rotate by position in Qwen's half-split layout; the first half of `sin` is negative."""
     return torch.addcmul(x_NHE * cos, x_NHE.roll(x_NHE.shape[-1] // 2, -1), sin)

@@ -21,6 +21,7 @@ Nothing a student writes raises an error, and no pattern takes more than linear 
 
 import math
 import re
+from collections.abc import Sequence
 from functools import cache
 from string import ascii_uppercase
 
@@ -54,7 +55,8 @@ def format_reward(text: str) -> float:
     return float(all(text.count(tag) == 1 for tag in _TAGS) and bool(_FORMAT.fullmatch(text)))
 
 
-def accuracy(kind: str, text: str, gold: str, options=(), mode="lenient", fallback=False) -> float:
+def accuracy(kind: str, text: str, gold: str, options: Sequence[str] = (), mode: str = "lenient",
+             fallback: bool = False) -> float:
     """Return how right the answer in the completion `text` is, in [0, 1]; 0 if it has no answer.
 
     kind      one of KINDS; exact kinds give 0 or 1
@@ -74,7 +76,7 @@ def accuracy(kind: str, text: str, gold: str, options=(), mode="lenient", fallba
     return score[kind](answer, gold)
 
 
-def check_gold(kind: str, answer: str, options=()) -> None:
+def check_gold(kind: str, answer: str, options: Sequence[str] = ()) -> None:
     """Raise ValueError, saying why, for a gold answer that no completion can be scored against."""
     if kind not in KINDS:
         raise ValueError(f"unknown kind of question {kind!r}, not one of {', '.join(KINDS)}")
@@ -117,7 +119,7 @@ _NAMED = re.compile(
 )
 
 
-def choice(answer: str, options=()) -> str | None:
+def choice(answer: str, options: Sequence[str] = ()) -> str | None:
     """Return the letter of the one option that `answer` stands for; None for none or several.
 
     Tried in this order: the letter alone; the text of one option; a letter before an option's text;
@@ -178,21 +180,21 @@ def number(text: str) -> float | None:
 
 
 def _numerical(answer: str, gold: str) -> float:
-    """1 if equal to two decimals; 0 if just one of the two has a point or comma: 3.0 is not 3."""
+    """Return 1 if equal to two decimals; 0 if only one has a point or comma: 3.0 is not 3."""
     p, y = number(answer), number(gold)
     same_form = any(c in ".," for c in answer) == any(c in ".," for c in gold)
     return float(same_form and p is not None and y is not None and round(p, 2) == round(y, 2))
 
 
 def _relative_error(p: float, y: float) -> float:
-    """|p − y| / |y|; for y = 0 its limit, 0 if p is 0 and otherwise infinite."""
+    """Return |p − y| / |y|; for y = 0 its limit, 0 if p is 0 and otherwise infinite."""
     if y == 0:
         return 0.0 if p == 0 else math.inf
     return abs(p - y) / abs(y)
 
 
 def _regression(answer: str, gold: str) -> float:
-    """1 − min(1, |p − y| / |y|)."""
+    """Return 1 − min(1, |p − y| / |y|)."""
     p, y = number(answer), number(gold)
     return 1.0 - min(1.0, _relative_error(p, y)) if p is not None and y is not None else 0.0
 
@@ -219,15 +221,15 @@ def mra(pred: float | None, gold: float, comparison: str = "<=") -> float:
 
 
 def _ocr(answer: str, gold: str) -> float:
-    """1 − word error rate, at least 0; white space of any kind separates words."""
+    """Return 1 − word error rate, at least 0; white space of any kind separates words."""
     answer, gold = " ".join(answer.split()), " ".join(gold.split())  # jiwer splits at blanks alone
     return max(0.0, 1.0 - jiwer.wer(gold, answer)) if gold else 0.0
 
 
 def _rouge(answer: str, gold: str) -> float:
-    """Mean F of ROUGE-1, -2 and -L over word stems; 1 for the gold's own words, by definition.
+    """Return the mean F of ROUGE-1, -2 and -L over word stems; 1 for the gold's own words.
 
-    The last is ours: a gold of one word has no bigram, and one in another script has no stems.
+    The 1 is our definition: a gold of one word has no bigram, one in another script no stems.
     """
     if answer.casefold().split() == gold.casefold().split():
         return 1.0

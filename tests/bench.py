@@ -49,7 +49,7 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen3VLC
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's flat files
 import ffr
 import tiny
-from model import Student, cuda_graph, flash_attn_varlen_func, mrope
+from model import Student, cuda_graph, flash_attn_varlen_func, mrope, recompute_blocks
 
 HEADER, PATCH = 5, 75  # tokens of a header, and of the patch before it in a repair
 BETA, TOP_P = 0.04, 0.95
@@ -86,7 +86,7 @@ def make_config(name):
 
 
 def make_models(flags):
-    """Hugging Face's model and our Student on the same parameters, frozen copies of both, AdamW."""
+    """Make Hugging Face's model and our Student on the same parameters, frozen copies, AdamW."""
     device, cuda = torch.device(flags.device), flags.device == "cuda"
     tree = "prefix_tree_varlen" if cuda else "prefix_tree"
     attention = "flash_attention_2" if cuda and flash_attn_varlen_func else "sdpa"
@@ -98,7 +98,7 @@ def make_models(flags):
     for p in (p for p in policy.parameters() if p.ndim > 1):
         torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
     if flags.recompute:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_blocks(policy)
     reference = deepcopy(policy).eval().requires_grad_(False)
     models = SimpleNamespace(config=policy.config, device=device, G=flags.rollouts,
                              usual=policy.train(), usual_ref=reference)
@@ -115,7 +115,7 @@ def make_models(flags):
 
 
 def make_prefix(model, P):
-    """A prompt of P tokens: 16 frames of the largest size that leaves some 50 for the question.
+    """Return a prompt of P tokens: 16 frames, as large as leaves some 50 for the question.
 
     The clip is short: under a second, Hugging Face's position rule and the checkpoints' agree.
     """
@@ -161,7 +161,7 @@ class Usual:
         return [self.generate(suffix, 1, C)[0] for suffix in suffixes]
 
     def logp(self, model, rollouts):
-        """[G, C]: prompts padded on the left, logits of whole rows, log_softmax row by row."""
+        """Return [G, C]: prompts padded on the left, logits of whole rows, log_softmax by row."""
         G, C = len(rollouts), len(rollouts[0].ids_C)
         L = len(self.prefix.ids) + max(len(r.suffix.ids) for r in rollouts) + C
         ids_GL, mask_GL = torch.full((G, L), tiny.EOS), torch.zeros(G, L, dtype=torch.long)
@@ -244,7 +244,7 @@ WAYS = {"usual": Usual, "ours": Ours}
 
 
 def step(way, C, failures, do):
-    """A whole step: a generator, so that two ways can take turns. do(part, work, *arguments)."""
+    """Take a whole step, as a generator: two ways can take turns. do(part, work, *arguments)."""
     do("prefill", way.tries, 1)
     yield
     chosen = do("tries", way.tries, C)
@@ -259,14 +259,14 @@ def step(way, C, failures, do):
 
 
 class Meter:
-    """Runs parts of a step and keeps their seconds, or the bytes they add to the level before."""
+    """A stopwatch for the parts of a step, or a scale for the memory that they add."""
 
     def __init__(self, device, memory=False):
         self.cuda, self.memory, self.of, self.top = device.type == "cuda", memory, {}, 0
         self.start = self.level()
 
     def level(self, peak=False):
-        """Bytes in use, or the most since last asked; on CUDA it waits for the device."""
+        """Return bytes in use, or the most since last asked; on CUDA it waits for the device."""
         if self.cuda:
             torch.cuda.synchronize()
             used = torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
@@ -293,7 +293,7 @@ class Meter:
 
 
 def machine(models, tokens):
-    """Operations per second of torch.mm at a layer's size; bytes per second of a large copy."""
+    """Measure operations per second of torch.mm at a layer's size, bytes per second of a copy."""
     text, kind = models.config.text_config, dict(device=models.device, dtype=models.usual.dtype)
     a = torch.randn(tokens, text.hidden_size, **kind)
     b = torch.randn(text.hidden_size, text.intermediate_size, **kind)
@@ -309,14 +309,14 @@ def machine(models, tokens):
 
 
 def keep_freed_memory():
-    """malloc: no block of its own mapping, no trimming."""
+    """Let malloc map no block of its own and trim nothing."""
     libc = ctypes.CDLL(None)
     libc.mallopt(-4, 0)  # M_MMAP_MAX
     libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 def measure(models, prefix, C, rates, repeats, seed):
-    """{way: {failure rate: [{part: seconds} of each repeat]}}, and the machine's speed."""
+    """Return {way: {failure rate: [{part: seconds} of each repeat]}}, and the machine's speed."""
     laps, speeds = {name: {f: [] for f in rates} for name in WAYS}, []
     for repeat, f in itertools.product(range(repeats), rates):
         names = ["ours", "usual", "ours"] if f in rates[:2] else ["ours", "ours"]
@@ -338,7 +338,7 @@ def measure(models, prefix, C, rates, repeats, seed):
 
 
 def verify(models, prefix):
-    """That both compute the same function (fp32: or raise), and what each prefills for a repair."""
+    """Compare what both compute (fp32: or raise), and count what each prefills for a repair."""
     usual, ours, embedded = Usual(models, prefix), Ours(models, prefix), []
     sampled = ours.tries(7)
     drift = torch.cat([r.old_logp_C for r in sampled]) - ours.reference(sampled).cpu()
@@ -361,9 +361,15 @@ def verify(models, prefix):
 
 
 def operations(models, prefix, rows, logits, clips):
-    """Of a forward, in linear layers, attention, head; rows: (tokens, tokens before them) each."""
+    """Count a forward's operations in linear layers, attention and head.
+
+    rows: (tokens, tokens before them) each.
+    """
     text, vision = models.config.text_config, models.config.vision_config
-    size = lambda module: sum(p.numel() for p in module.parameters() if p.ndim > 1)
+
+    def size(module):
+        return sum(p.numel() for p in module.parameters() if p.ndim > 1)
+
     (t, h, w), inner = prefix.grids[0].tolist(), models.usual.model
     full = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))
     seen = full * h * w + (vision.depth - full) * min(h * w, 64)  # keys per patch, all layers
@@ -376,7 +382,7 @@ def operations(models, prefix, rows, logits, clips):
 
 
 def peaks(models, way, P, C, flags):
-    """Bytes of each part of one way's step; a short step first, for libraries and AdamW's state."""
+    """Measure bytes of one way's parts; a short step first, for libraries and AdamW's state."""
     for tokens, length in ((100, 2), (P, C)):
         meter = Meter(models.device, memory=True)
         list(step(WAYS[way](models, make_prefix(flags.model, tokens)), length, 0.5, meter))
@@ -384,7 +390,7 @@ def peaks(models, way, P, C, flags):
 
 
 def linear(models, prefix, flags):
-    """Our step, half of the tries failed, over four lengths and four numbers of prompts: tables."""
+    """Print our cost over four lengths and four numbers of prompts, half of the tries failed."""
     def cost(C, prompts, seed):
         meter = Meter(models.device)
         list(step(Ours(models, prefix, seed, prompts), C, 0.5, meter))
@@ -407,7 +413,7 @@ def linear(models, prefix, flags):
 
 
 def profile(models, prefix, C):
-    """Operations of our decoding by self time: G rows of C tokens after a prefill."""
+    """Print operations of our decoding by self time: G rows of C tokens after a prefill."""
     way, cuda = Ours(models, prefix), models.device.type == "cuda"
     way.tries(4)
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -422,14 +428,22 @@ def profile(models, prefix, C):
 
 
 def column(models, prefix, C, laps, speeds, prefilled):
-    """{row: cell} of one shape."""
+    """Return {row: cell} of one shape."""
     usual, ours, G, P, S = laps["usual"], laps["ours"], models.G, len(prefix.ids), HEADER + C
     rates, both, cells = list(ours), (usual, ours), {}
-    of = lambda way, f, part: median(lap[part] for lap in way[f])
-    decode = lambda lap: G * (C - 1) / (lap["tries"] - lap["prefill"])
     speed = {what: median(one[what] for one in speeds) for what in speeds[0]}
-    failed = lambda f: f"{100 * f:.0f} % failed"
-    show = lambda values, digits=2: ", ".join(f"{n:.{digits}f}" for n in values)
+
+    def of(way, f, part):
+        return median(lap[part] for lap in way[f])
+
+    def decode(lap):
+        return G * (C - 1) / (lap["tries"] - lap["prefill"])
+
+    def failed(f):
+        return f"{100 * f:.0f} % failed"
+
+    def show(values, digits=2):
+        return ", ".join(f"{n:.{digits}f}" for n in values)
 
     def faster(row, rates, part, limit=None):
         laps = [pair for f in rates for pair in zip(usual[f], ours[f])]

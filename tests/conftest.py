@@ -1,17 +1,19 @@
 """Makers of small real things for the tests: H.264 clips and Qwen processors, built on the spot.
 
-    from conftest import make_processor, make_video
+from conftest import make_processor, make_video, sample
 """
 
 import sys
 from fractions import Fraction
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)
 
+PIXELS = 128 * 28 * 28  # of a frame, as the paper shows it
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>",
                   "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
 
@@ -78,3 +80,17 @@ def make_processor(folder, family="qwen2_5_vl"):
             transformers.Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
     processor.save_pretrained(folder)
     return transformers.AutoProcessor.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def film(tmp_path_factory):
+    """24 frames of 90 x 130 at 8 a second, 3 s."""
+    return make_video(tmp_path_factory.mktemp("film") / "film.mp4", size=(90, 130))
+
+
+def sample(media="", media_type="video", **changes):
+    """Make a Sample."""
+    from data import Sample
+    fields = {"id": "7", "question": "What colour?", "options": (), "answer": "red",
+              "kind": "free-form"} | changes
+    return Sample(media=str(media), media_type=media_type, **fields)

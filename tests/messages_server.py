@@ -25,18 +25,18 @@ class Fault:
 
 
 def call(name, **given):
-    """A tool call, as a block of an answer."""
+    """Return a tool call, as a block of an answer."""
     return {"type": "tool_use", "id": f"toolu_{name}", "name": name, "input": given}
 
 
 def submit(guidance="Look closely at the object in the hand.", **given):
-    """A patch, as a block of an answer."""
+    """Return a patch, as a block of an answer."""
     given = {"error_type": "temporal", "query_kind": "attribute", "key_frames": [1, 3]} | given
     return call("submit_patch", guidance=guidance, **given)
 
 
 def looks_then_submits(body):
-    """A whole diagnosis: three looks of three kinds, then a patch."""
+    """Answer with a whole diagnosis: three looks of three kinds, then a patch."""
     turn = sum(message["role"] == "assistant" for message in body["messages"])
     if turn == 0 and any(tool["name"] == "get_frame" for tool in body["tools"]):
         return [

@@ -11,13 +11,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def child(configs, rank, processes, port, kill_after):
-    """Train each config in turn; SIGKILL after the log line of step `kill_after`, if that is given."""
+    """Train each config in turn; SIGKILL after the log line of step `kill_after`, if given."""
     import torch
 
+    import runs
     import train
     torch.set_num_threads(1)
     if processes > 1:
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(port))
     logged = train.log
 
     def log(run, *rest):
@@ -27,21 +29,21 @@ def child(configs, rank, processes, port, kill_after):
         return result
 
     train.log = log
-    device, dtype = train.start_processes(configs[0])
+    device, dtype = runs.start_processes(configs[0].dtype, configs[0].cuda_graphs, trains=True)
     for config in configs:
         train.train(config, device, dtype)
-    if processes > 1:
-        train.dist.destroy_process_group()
+    runs.end_processes()
 
 
 def launch(configs, processes=1, kill_after=None):
-    """Exit codes of `processes` processes that train the configs together."""
+    """Train the configs on `processes` processes together, and return their exit codes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = [context.Process(target=child, args=(configs, rank, processes, port, kill_after)) for rank in range(processes)]
+    children = [context.Process(target=child, args=(configs, rank, processes, port, kill_after))
+                for rank in range(processes)]
     for process in children:
         process.start()
     for process in children:

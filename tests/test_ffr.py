@@ -11,10 +11,14 @@ import torch
 
 import ffr
 from model import Completion
-from tiny import text, tiny_student, video
+from tiny import separate_logits, text, tiny_student, video
 
 RIGHT, WRONG, EOS = 1, 2, 9  # a completion of these ids ends in a right or a wrong answer
 HEADER, LIMITS = text(2), ffr.Sampling(8, 1.0, 0.95, 0.5)
+
+
+def digits(ids):
+    return " ".join(map(str, ids.tolist()))
 
 
 class Script:
@@ -23,10 +27,12 @@ class Script:
     def __init__(self, *batches):
         self.batches, self.asked = list(batches), []
 
-    def sample(self, cache, suffixes, owners, uniforms, max_completion, temperature, top_p, done=None):
+    def sample(self, cache, suffixes, owners, uniforms, max_completion, temperature, top_p,
+               done=None):
         self.asked.append((suffixes, owners, uniforms))
-        completions = [Completion(torch.tensor(ids), -torch.arange(1.0, len(ids) + 1), ids[-1] == EOS)
-                       for ids in self.batches.pop(0)]
+        completions = [
+            Completion(torch.tensor(ids), -torch.arange(1.0, len(ids) + 1), ids[-1] == EOS)
+            for ids in self.batches.pop(0)]
         assert len(completions) == len(suffixes) == len(owners) == len(uniforms)
         if done is not None:
             for n, completion in enumerate(completions):
@@ -34,7 +40,7 @@ class Script:
         return completions
 
     def text(self, ids):
-        return " ".join(map(str, ids.tolist()))
+        return digits(ids)
 
 
 def score(sample, words):
@@ -55,11 +61,11 @@ def write(sample, patch):
 
 
 def one_group(first, repairs, diagnose=lambda sample, words: answered(PATCH), kappa=0.3, **options):
-    """A group that went through find, fix, reason and credit with scripted completions."""
+    """Take a group through find, fix, reason and credit with scripted completions."""
     student = Script(first, repairs)
     groups = [ffr.Group(SimpleNamespace(id="a"), video("qwen2_5_vl", 2, 4, 4, 3))]
     ffr.find(student, None, groups, HEADER, score, diagnose, "0/0", len(first), LIMITS)
-    ffr.fix(groups)
+    ffr.fix(groups, diagnose)
     ffr.reason(student, None, groups, write, score, lambda words, patch: 1.0, "0/0", LIMITS)
     ffr.credit(groups, kappa, **options)
     return groups, student
@@ -74,7 +80,8 @@ def test_only_failed_tries_are_diagnosed_and_repaired():
     prompt's prefix.
     """
     asked = []
-    groups, student = one_group(FIRST, REPAIRS, lambda sample, words: asked.append(words) or answered(PATCH))
+    groups, student = one_group(FIRST, REPAIRS,
+                                lambda sample, words: asked.append(words) or answered(PATCH))
     assert asked == ["2 2 9", "2 9"]
     assert [slot.repair is not None for slot in groups[0].slots] == [False, True, True, False]
     assert groups[0].slots[1].repair.ids_C.tolist() == [RIGHT, 5, EOS]
@@ -92,9 +99,7 @@ def test_reward_takes_the_repair_minus_kappa_and_never_taxes_a_first_try():
 
 
 def test_without_a_patch_the_first_try_stands_untaxed():
-    """Catches: κ charged, or the slot dropped, when the teacher could not be reached (decision
-    3).
-    """
+    """Catches: κ charged, or the slot dropped, when the teacher could not be reached."""
     groups, student = one_group(FIRST, [], lambda sample, words: answered(None))
     assert [slot.reward for slot in groups[0].slots] == [2.0, 1.0, 1.0, 2.0]
     assert all(slot.chosen is slot.first for slot in groups[0].slots) and len(student.asked) == 1
@@ -103,7 +108,8 @@ def test_without_a_patch_the_first_try_stands_untaxed():
 def test_grpo_is_the_step_without_a_teacher():
     """Catches: a teacher called by the baseline."""
     groups, student = one_group(FIRST, [], diagnose=None)
-    assert len(student.asked) == 1 and [slot.reward for slot in groups[0].slots] == [2.0, 1.0, 1.0, 2.0]
+    assert len(student.asked) == 1
+    assert [slot.reward for slot in groups[0].slots] == [2.0, 1.0, 1.0, 2.0]
 
 
 def test_advantages_use_the_unbiased_deviation_of_the_group():
@@ -134,7 +140,8 @@ def test_the_chosen_rollout_carries_the_loss():
     """
     groups, _ = one_group(FIRST, REPAIRS)
     batch, = ffr.micro_batches(groups, 10**6, ffr.token_weights("token", 12, 4))
-    assert [c.tolist() for c in batch.completions] == [[RIGHT, EOS], [RIGHT, 5, EOS], [WRONG, 6, 6, EOS], [RIGHT, RIGHT, EOS]]
+    assert [c.tolist() for c in batch.completions] == [
+        [RIGHT, EOS], [RIGHT, 5, EOS], [WRONG, 6, 6, EOS], [RIGHT, RIGHT, EOS]]
     assert [len(s.ids) for s in batch.suffixes] == [2, 7, 7, 2]  # each under its own observation
     assert batch.old_logp_T.tolist() == [-1, -2, -1, -2, -3, -1, -2, -3, -4, -1, -2, -3]
     assert len(batch.weight_T) == 12 and (batch.weight_T == 1 / 12).all()
@@ -167,7 +174,8 @@ def test_clip_binds_on_the_right_side_only():
     """
     ratios = torch.tensor([1.5, 0.5, 1.5, 0.5])
     advantage = torch.tensor([1.0, 1.0, -1.0, -1.0])
-    batch = SimpleNamespace(old_logp_T=torch.zeros(4), advantage_T=advantage, weight_T=torch.full((4,), 0.25), ref_logp_T=None)
+    batch = SimpleNamespace(old_logp_T=torch.zeros(4), advantage_T=advantage,
+                            weight_T=torch.full((4,), 0.25), ref_logp_T=None)
     logp = ratios.log().requires_grad_()
     loss, sums = ffr.loss(logp, batch, 0.2, 0.3, 0.0)
     assert loss.item() == pytest.approx(-(1.3 + 0.5 - 1.5 - 0.8) / 4)
@@ -183,12 +191,14 @@ def test_kl_is_k3_with_its_gradient_and_clamped():
     logp = torch.tensor([-1.0, -2.0, -50.0]).requires_grad_()
     ref = torch.tensor([-1.5, -1.0, -1.0])
     zero = torch.zeros(3)
-    batch = SimpleNamespace(old_logp_T=logp.detach(), advantage_T=zero, weight_T=zero + 1, ref_logp_T=ref)
+    batch = SimpleNamespace(old_logp_T=logp.detach(), advantage_T=zero, weight_T=zero + 1,
+                            ref_logp_T=ref)
     loss, sums = ffr.loss(logp, batch, 0.2, 0.2, beta=0.1)
     k3 = [math.exp(d) - d - 1 for d in (-0.5, 1.0, 10.0)]
     assert loss.item() == pytest.approx(0.1 * sum(k3), rel=1e-5)
     loss.backward()
-    assert logp.grad.tolist() == pytest.approx([0.1 * (1 - math.exp(-0.5)), 0.1 * (1 - math.e), 0.0], abs=1e-5)
+    gradient = [0.1 * (1 - math.exp(-0.5)), 0.1 * (1 - math.e), 0.0]
+    assert logp.grad.tolist() == pytest.approx(gradient, abs=1e-5)
 
 
 def test_observation_of_the_ratio_is_the_repairs_own():
@@ -196,19 +206,69 @@ def test_observation_of_the_ratio_is_the_repairs_own():
     first update (Eq. 10).
     """
     student = tiny_student("qwen2_5_vl")
-    student.text = lambda ids: " ".join(map(str, ids.tolist()))
+    student.text = digits
     groups = [ffr.Group(SimpleNamespace(id=i), video("qwen2_5_vl", 2, 4, 4, 3)) for i in "ab"]
     cache = student.prefill([group.prefix for group in groups])
-    fail = lambda sample, words: (0.0, 0.0, True)
-    ffr.find(student, cache, groups, HEADER, fail, lambda s, w: answered(PATCH), "0/0", 3, LIMITS)
-    ffr.fix(groups)
+
+    def fail(sample, words):
+        return 0.0, 0.0, True
+
+    ffr.find(student, cache, groups, HEADER, fail, None, "0/0", 3, LIMITS)
+    ffr.fix(groups, lambda s, w: answered(PATCH))  # nothing was asked while sampling
     ffr.reason(student, cache, groups, write, fail, lambda w, p: 0.0, "0/0", LIMITS)
     ffr.credit(groups, 0.3)
     batch, = ffr.micro_batches(groups, 10**6, ffr.token_weights("token", 1, 1))
     logp, _ = student(batch.prefixes, batch.suffixes, batch.owners, batch.completions)
     assert (logp - batch.old_logp_T).abs().max() < 1e-5
     under_x, _ = student(batch.prefixes, [HEADER] * 6, batch.owners, batch.completions)
-    assert (under_x - batch.old_logp_T).abs().max() > 1e-2, "the patch must matter for this test to mean anything"
+    gap = (under_x - batch.old_logp_T).abs().max()
+    assert gap > 1e-2, "the patch must matter for this test to mean anything"
+
+
+def separate_logp(model, prefix, suffix, ids_C):
+    logits_CV = separate_logits(model, prefix, suffix, ids_C)[:-1]
+    return logits_CV.log_softmax(-1).gather(-1, ids_C[:, None])[:, 0]
+
+
+def test_the_step_is_the_paper_written_out():
+    """Catches: any of Eq. 3 to 11 left out of `step`, or in another order; a reference that sees
+    another observation; a tax on first tries. All is computed anew here, a row at a time.
+    """
+    student, reference = (tiny_student("qwen2_5_vl", seed=seed) for seed in (0, 1))
+    student.text = digits
+    groups = [ffr.Group(SimpleNamespace(id=i), video("qwen2_5_vl", 2, 4, 4, 3)) for i in "ab"]
+
+    def verify(sample, words):  # about half of the completions are right
+        return float(sum(map(int, words.split())) % 2), 1.0, True
+
+    loss = ffr.step(student, reference, groups, HEADER, verify, lambda s, w: answered(PATCH), write,
+                    lambda w, p: 0.0, "0/0", 4, LIMITS, kappa=0.3, beta=0.04, max_tokens=200)
+    found = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+    student.zero_grad()
+    tokens, terms, repaired = 0, [], 0
+    for group in groups:
+        chosen = [s.first if s.first.accuracy == 1 else s.repair for s in group.slots]
+        rewards = [r.accuracy + r.format - (0.0 if s.first.accuracy == 1 else 0.3)
+                   for s, r in zip(group.slots, chosen)]
+        mean = sum(rewards) / 4
+        std = math.sqrt(sum((x - mean) ** 2 for x in rewards) / 3)
+        for slot, rollout, value in zip(group.slots, chosen, rewards):
+            suffix = HEADER if slot.first is rollout else write(None, PATCH)
+            repaired += slot.first is not rollout
+            ours, ref = (separate_logp(model, group.prefix, suffix, rollout.ids_C)
+                         for model in (student, reference))
+            ratio = (ours - rollout.old_logp_C).exp()
+            gain = (value - mean) / (std + 1e-4)
+            bounded = torch.min(ratio * gain, ratio.clamp(0.8, 1.2) * gain)
+            gap = ref.detach() - ours
+            terms.append((bounded - 0.04 * (gap.exp() - gap - 1)).sum())
+            tokens += len(rollout.ids_C)
+    expected = -sum(terms) / tokens
+    expected.backward()
+    assert 2 <= repaired <= 6 and loss == pytest.approx(expected.item(), abs=1e-5)
+    for name, p in student.named_parameters():
+        if p.grad is not None and p.grad.norm() > 1e-4:
+            assert (found[name] - p.grad).norm() < 1e-4 * p.grad.norm(), name
 
 
 @pytest.mark.parametrize("loss_norm", ("token", "sequence"))
@@ -219,14 +279,16 @@ def test_micro_batches_add_up_to_the_whole(loss_norm):
     student = tiny_student("qwen2_5_vl")
     groups = one_group(FIRST, REPAIRS)[0] + one_group(FIRST[::-1], REPAIRS)[0]
     slots = [slot for group in groups for slot in group.slots]
-    weight = ffr.token_weights(loss_norm, sum(len(slot.trained.ids_C) for slot in slots), len(slots))
+    tokens = sum(len(slot.trained.ids_C) for slot in slots)
+    weight = ffr.token_weights(loss_norm, tokens, len(slots))
     results = []
     for limit in (10**6, 30):
         batches, total = ffr.micro_batches(groups, limit, weight), 0.0
         student.zero_grad()
         for batch in batches:
             logp, _ = student(batch.prefixes, batch.suffixes, batch.owners, batch.completions)
-            part, _ = ffr.loss(logp, SimpleNamespace(**{**vars(batch), "old_logp_T": logp.detach()}), 0.2, 0.2, 0.0)
+            fresh = SimpleNamespace(**{**vars(batch), "old_logp_T": logp.detach()})
+            part, _ = ffr.loss(logp, fresh, 0.2, 0.2, 0.0)
             part.backward()
             total += part.item()
         grads = torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
@@ -235,7 +297,8 @@ def test_micro_batches_add_up_to_the_whole(loss_norm):
     assert one == 1 and several > 2 and summed == pytest.approx(whole, abs=1e-5)
     assert (got - expected).norm() < 1e-5 * expected.norm()
     if loss_norm == "sequence":
-        assert sum(weight(slot.trained) * len(slot.trained.ids_C) for slot in slots) == pytest.approx(1.0)
+        weights = [weight(slot.trained) * len(slot.trained.ids_C) for slot in slots]
+        assert sum(weights) == pytest.approx(1.0)
 
 
 def test_noise_depends_on_its_key_only():

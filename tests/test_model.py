@@ -3,10 +3,24 @@
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
+from transformers.utils.logging import set_tqdm_hook
 
 import model as model_module
-from model import TokenLogp, Tree, grouped_attention, mrope, tree_attention_varlen
-from tiny import EOS, FAMILIES, IMAGE, VIDEO, image, plain_positions, separate_logits, text, tiny_student, video, words
+from model import (Student, TokenLogp, Tree, grouped_attention, mrope, recompute_blocks,
+                   tree_attention_varlen)
+from tiny import (
+    EOS,
+    FAMILIES,
+    IMAGE,
+    VIDEO,
+    image,
+    plain_positions,
+    separate_logits,
+    text,
+    tiny_student,
+    video,
+    words,
+)
 
 
 def forest(family):
@@ -19,8 +33,10 @@ def forest(family):
 
 
 def separate_logp(student, prefixes, suffixes, owners, completions):
-    parts = [separate_logits(student, prefixes[b], s, c)[:-1].log_softmax(-1).gather(-1, c[:, None])[:, 0]
-             for b, s, c in zip(owners, suffixes, completions)]
+    parts = []
+    for b, suffix, ids in zip(owners, suffixes, completions):
+        logp = separate_logits(student, prefixes[b], suffix, ids)[:-1].log_softmax(-1)
+        parts.append(logp.gather(-1, ids[:, None])[:, 0])
     return torch.cat(parts)
 
 
@@ -53,7 +69,8 @@ def test_several_prompts_equal_one_at_a_time(family):
     prefixes, suffixes, owners = forest(family)
     completions = [words(n, n) for n in (50, 9, 7, 6, 4, 8, 3)]  # the first row packed last
     together, _ = student(prefixes, suffixes, owners, completions)
-    apart = [student([prefixes[b]], [s], [0], [c])[0] for b, s, c in zip(owners, suffixes, completions)]
+    apart = [student([prefixes[b]], [s], [0], [c])[0]
+             for b, s, c in zip(owners, suffixes, completions)]
     assert (together - torch.cat(apart)).abs().max() < 1e-5
 
 
@@ -72,7 +89,8 @@ def test_cached_greedy_equals_plain_greedy(family):
             ids = torch.zeros(0, dtype=torch.long)
             while len(ids) < 20 and (not len(ids) or ids[-1] != EOS):
                 logits = separate_logits(student, prefixes[b], suffix, ids)[-1]
-                ids = torch.cat([ids, logits.index_fill(0, student.banned, -torch.inf).argmax()[None]])
+                likeliest = logits.index_fill(0, student.banned, -torch.inf).argmax()
+                ids = torch.cat([ids, likeliest[None]])
             assert completion.ids.tolist() == ids.tolist()
             assert completion.finished == (ids[-1] == EOS)
     assert len({len(c.ids) for c in got}) > 1, "the test wants rows that end at different lengths"
@@ -96,7 +114,9 @@ def test_logp_while_sampling_equals_logp_while_scoring(family, blocked, monkeypa
 
 
 def traced(calls):
-    """What a CUDA graph does, on the CPU: work's kernels are written down once and repeated on the same tensors."""
+    """Do on the CPU what a CUDA graph does: write work's kernels down once, and repeat them on the
+    same tensors.
+    """
     def record(work):
         calls.append(make_fx(lambda: work())())
         return calls[-1].forward
@@ -164,13 +184,15 @@ def test_forbidden_tokens_are_never_sampled_and_eos_ends_a_row(temperature):
     with torch.no_grad():
         student.model.lm_head.weight[[IMAGE, VIDEO, 198, 199]] *= 30  # make them likely
         cache = student.prefill([image(4, 4, 3)])
-        sampled = student.sample(cache, [text(3)] * 64, [0] * 64, torch.rand(64, 40), 40, temperature)
+        sampled = student.sample(cache, [text(3)] * 64, [0] * 64, torch.rand(64, 40), 40,
+                                 temperature)
     seen = torch.cat([c.ids for c in sampled])
     assert not set(seen.tolist()) & {*range(190, 194), 195, 198, 199}
     assert temperature != 1.5 or any(c.finished for c in sampled)
     assert all(c.logp.isfinite().all() for c in sampled)
     for c in sampled:
-        assert (c.ids[:-1] != EOS).all() and c.finished == (c.ids[-1] == EOS) and len(c.ids) == len(c.logp) <= 40
+        assert (c.ids[:-1] != EOS).all() and c.finished == (c.ids[-1] == EOS)
+        assert len(c.ids) == len(c.logp) <= 40
 
 
 def test_top_p_and_temperature_follow_the_distribution():
@@ -179,29 +201,33 @@ def test_top_p_and_temperature_follow_the_distribution():
     """
     student = tiny_student("qwen2_5_vl")
     hidden = torch.randn(1, 64, generator=torch.Generator().manual_seed(3)) * 2
-    allowed = student.logits(hidden, 0.7)[0].index_fill(0, student.banned, -torch.inf).softmax(-1)
+    logits = student.logits(hidden, 0.7)
+    allowed = logits[0].index_fill(0, student.banned, -torch.inf).softmax(-1)
     p, order = allowed.sort(descending=True)
     n = int((p.cumsum(0) < 0.6).sum()) + 1  # the smallest set whose mass reaches top_p
     expected = torch.zeros(200).index_put((order[:n],), p[:n] / p[:n].sum())
     uniforms = (torch.arange(20000) + 0.5) / 20000
     with torch.no_grad():
-        tokens, logp = student._draw(student.logits(hidden, 0.7).expand(20000, -1), uniforms, 0.7, 0.6)
+        tokens, logp = student._draw(logits.expand(20000, -1), uniforms, 0.7, 0.6)
     counted = torch.bincount(tokens, minlength=200) / 20000
     assert (counted - expected).abs().max() < 2e-4
-    assert torch.allclose(logp[0], student.logits(hidden, 0.7)[0].log_softmax(-1)[tokens[0]], atol=1e-6)
+    assert torch.allclose(logp[0], logits[0].log_softmax(-1)[tokens[0]], atol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [64, 5])
 def test_log_probs_and_their_gradients_equal_plain_ones(rows, monkeypatch):
-    """Catches: log-probs, entropies or gradients that depend on how the logits are cut into chunks, on which of them are
-    kept for the backward, or that miss the temperature.
+    """Catches: log-probs, entropies or gradients that depend on how the logits are cut into chunks,
+    on which of them are kept for the backward, or that miss the temperature; outputs that are views
+    of one tensor, which FSDP warns of.
     """
     monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", 0)
     monkeypatch.setattr(model_module, "ROWS_OF_LOGITS", rows)
     generator = torch.Generator().manual_seed(0)
     hidden, head = (torch.randn(n, 12, generator=generator).requires_grad_() for n in (23, 40))
-    targets, upstream = torch.randint(40, (23,), generator=generator), torch.randn(23, generator=generator)
+    targets = torch.randint(40, (23,), generator=generator)
+    upstream = torch.randn(23, generator=generator)
     logp, entropy = TokenLogp.apply(hidden, head, targets, 0.7, True)
+    assert logp._base is None and entropy._base is None
     grads = torch.autograd.grad(logp @ upstream, (hidden, head), retain_graph=True)
     plain = (hidden @ head.T / 0.7).log_softmax(-1)
     chosen = plain[torch.arange(23), targets]
@@ -220,7 +246,7 @@ def test_recomputed_activations_give_the_same_gradients():
     for recompute in (False, True):
         student = tiny_student("qwen2_5_vl").train()
         if recompute:
-            student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_blocks(student.model)
         prefixes, suffixes, owners = forest("qwen2_5_vl")
         student(prefixes, suffixes, owners, [words(5, n) for n in range(7)])[0].sum().backward()
         grads.append({name: p.grad for name, p in student.named_parameters()})
@@ -252,7 +278,8 @@ def test_positions_follow_the_released_rule(family):
     second, _ = mrope(suffix, end, config)
     ids = torch.cat([prefix.ids, suffix.ids]).tolist()
     grids, seconds = prefix.grids.tolist() + suffix.grids.tolist(), [2.3, 0.0]
-    assert torch.equal(torch.cat([first, second], dim=1), plain_positions(ids, grids, seconds, config))
+    expected = plain_positions(ids, grids, seconds, config)
+    assert torch.equal(torch.cat([first, second], dim=1), expected)
     assert end == int(first.max()) + 1
 
 
@@ -262,7 +289,8 @@ def test_positions_equal_transformers_where_it_keeps_the_rule():
     """
     student, segment = tiny_student("qwen2_5_vl"), image(8, 4, 9)
     types = (segment.ids == IMAGE).int()[None]
-    theirs, _ = student.model.model.get_rope_index(segment.ids[None], types, image_grid_thw=segment.grids)
+    theirs, _ = student.model.model.get_rope_index(segment.ids[None], types,
+                                                   image_grid_thw=segment.grids)
     assert torch.equal(mrope(segment, 0, student.model.config)[0], theirs[:, 0])
 
 
@@ -275,21 +303,23 @@ def test_variable_length_attention_equals_padded():
     tree = Tree(prefixes, suffixes, owners, torch.device("cpu"))
 
     def kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale):
-        """What the fused kernels compute, one sequence after another."""
+        """Compute what the fused kernels do, one sequence after another."""
         out = []
         for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:]):
             assert b - a <= max_q and d - c <= max_k
             kk, vv = (x[c:d].repeat_interleave(2, dim=1) for x in (k, v))
             scores = torch.einsum("qhe,khe->hqk", q[a:b], kk) * scale
             hidden = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a)).logical_not()
-            out.append(torch.einsum("hqk,khe->qhe", scores.masked_fill(hidden, -torch.inf).softmax(-1), vv))
+            p = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+            out.append(torch.einsum("hqk,khe->qhe", p, vv))
         return torch.cat(out)
 
     class Module:
         layer_idx = 0
         config = type("Config", (), {"_attn_implementation": "prefix_tree"})
 
-    padded, _ = model_module.tree_attention(Module, q[None], k[None], v[None], None, scaling=0.3, tree=tree)
+    padded, _ = model_module.tree_attention(Module, q[None], k[None], v[None], None, scaling=0.3,
+                                            tree=tree)
     assert (padded[0] - tree_attention_varlen(q, k, v, 0.3, tree, kernel)).abs().max() < 1e-6
 
 
@@ -299,8 +329,9 @@ def test_folded_query_heads_equal_repeated_key_heads():
     q, k, v = torch.randn(2, 6, 5, 8), torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 8)
     mask = torch.ones(5, 9, dtype=torch.bool).tril(4)
     plain = torch.nn.functional.scaled_dot_product_attention(
-        q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), attn_mask=mask, scale=0.2).transpose(1, 2)
-    assert (grouped_attention(q, k, v, 0.2, mask[None, None]) - plain).abs().max() < 1e-6
+        q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), attn_mask=mask, scale=0.2)
+    got = grouped_attention(q, k, v, 0.2, mask[None, None])
+    assert (got - plain.transpose(1, 2)).abs().max() < 1e-6
 
 
 def test_placeholders_and_pixels_must_agree():
@@ -309,3 +340,18 @@ def test_placeholders_and_pixels_must_agree():
     broken.ids = torch.cat([broken.ids, torch.tensor([IMAGE])])
     with pytest.raises(AssertionError, match="placeholders"):
         student.prefill([broken])
+
+
+def test_loading_and_saving_show_no_bars_of_their_own(tmp_path, capfd, monkeypatch):
+    """Catches: transformers' bars in the middle of the run's, or hidden for good; weights that a
+    save and a load change.
+    """
+    student = tiny_student("qwen2_5_vl")
+    student.processor.save_pretrained = lambda folder: None
+    monkeypatch.setattr(model_module.AutoProcessor, "from_pretrained", lambda _: student.processor)
+    student.save(tmp_path)
+    loaded = Student.load(tmp_path)
+    assert "%|" not in capfd.readouterr().err
+    assert set_tqdm_hook(None) is None
+    for a, b in zip(student.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(a, b)

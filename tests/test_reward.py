@@ -84,9 +84,9 @@ def test_format_reward(text, expected):
 
 @pytest.mark.parametrize(
     "answer",
-    "B|b|(B)|(b)|[B]|B.|b.|B)|B:|**B**|'B'|$B$|\\boxed{B}|（Ｂ）|B。|Option B|option b|Answer: B|B, B"
-    "|The answer is B|The answer is B.|the answer is b|So the correct answer is (b) blue|I think B"
-    "|B. blue|b. blue|b. bluish|(B) Blue.|B: blue|B blue|B - blue|**B.** blue"
+    "B|b|(B)|(b)|[B]|B.|b.|B)|B:|**B**|'B'|$B$|\\boxed{B}|（Ｂ）|B。|Option B|option b|Answer: B"
+    "|B, B|The answer is B|The answer is B.|the answer is b|So the correct answer is (b) blue"
+    "|I think B|B. blue|b. blue|b. bluish|(B) Blue.|B: blue|B blue|B - blue|**B.** blue"
     "|B. it has the colour of the sky|B. A ball that is blue|B is right because it is blue|blue"
     "|Blue|blue.|'blue'|the answer is blue|答案是B|B or G".split("|"),  # there is no option G
 )
@@ -388,7 +388,8 @@ def test_random_texts_raise_nothing():
     draw = random.Random(0)
     pieces = list("ABab13.,;:-()[]{}*_'\"\\$%° \n\t\0\u2028\u200b") + ["e\u0301", "\ud800"]
     pieces += ["<answer>", "</answer>", "<think>", "</think>", "the answer is ", "option ", " not "]
-    pieces += ["nan", "inf", "1e999", "−", "٣", "²", "½", "红", "🙂", "Ｂ", "n't ", "blue", "A man "]
+    pieces += ["nan", "inf", "1e999", "−", "٣", "²", "½", "红", "🙂", "Ｂ", "n't ", "blue"]
+    pieces += ["A man "]
     for _ in range(700):
         inside = "".join(draw.choices(pieces, k=draw.randrange(12)))
         scores(inside)

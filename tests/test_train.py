@@ -11,16 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_video
 from filelock import FileLock
+from messages_server import MessagesServer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import data
 import ffr
+import runs
 import toy
 import train
-from conftest import make_video
-from messages_server import MessagesServer
 from model import Student
+from patch import alignment
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMINGS = ("seconds", "tokens_per_second", "peak_memory_gb")
@@ -28,33 +30,36 @@ TIMINGS = ("seconds", "tokens_per_second", "peak_memory_gb")
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A small toy world and a student that has just learned the answer format, warmed up by the
-    real command.
+    """Make a small toy world and a student that has just learned the answer format, warmed up by
+    the real command.
     """
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "warm-world"
     with FileLock(f"{folder}.lock"):  # one world for all processes that the tests run on
         if not (folder / "ready").exists():
             toy.make(folder, train=24, heldout=6, warm=80, guessed=0.0, pretrained=False)
-            finish(start(folder, "--method", "sft", "--model", "model", "--data", "warm.json", "--steps", 60,
-                         "--batch_prompts", 16, "--lr", 3e-3, "--output", "warm"))
+            finish(start(folder, "--method", "sft", "--model", "model", "--data", "warm.json",
+                         "--steps", 60, "--batch_prompts", 16, "--lr", 3e-3, "--output", "warm"))
             (folder / "ready").touch()
     return folder
 
 
 def start(folder, *flags, processes=1):
-    """train.py in `folder` on its own data, as a process; flags given later win."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] \
-        if processes > 1 else [sys.executable]
-    common = ["--model", "warm/checkpoints/step-000060", "--data", "train.json", "--video_root", "videos", "--template",
-              "template.txt", "--max_pixels", 56 * 56, "--max_completion", 40, "--decode_workers", 1, "--lr", 1e-4]
-    command = launch + [str(ROOT / "train.py"), *map(str, common), *map(str, flags)]
+    """Start train.py in `folder` on its own data, as a process; flags given later win."""
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    common = ["--model", "warm/checkpoints/step-000060", "--data", "train.json",
+              "--video_root", "videos", "--template", "template.txt", "--max_pixels", 56 * 56,
+              "--max_completion", 40, "--decode_workers", 1, "--lr", 1e-4]
+    command = list(map(str, [*launch, ROOT / "train.py", *common, *flags]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def finish(process, code=0):
-    """The output of a process that must end with `code`."""
+    """Return the output of a process that must end with `code`."""
     output = process.communicate(timeout=280)[0]
     assert process.returncode == code, output
     return output
@@ -70,12 +75,9 @@ def after_step(process, step):
     return process
 
 
-def lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
 def untimed(path):
-    return [{name: value for name, value in row.items() if name not in TIMINGS} for row in lines(path)]
+    return [{name: value for name, value in row.items() if name not in TIMINGS}
+            for row in runs.read_log(path)]
 
 
 def test_a_killed_run_resumes_to_the_same_metrics(world):
@@ -91,10 +93,12 @@ def test_a_killed_run_resumes_to_the_same_metrics(world):
     with open(world / "killed/metrics.jsonl", "a") as file:
         file.write('{"step": 3, "torn')
     finish(start(world, *flags, "--output", "killed", "--resume"))
-    assert untimed(world / "killed/metrics.jsonl") == untimed(world / "straight/metrics.jsonl")
-    assert [row["step"] for row in lines(world / "killed/metrics.jsonl")] == list(range(5))
-    assert untimed(world / "killed/patches.jsonl") == untimed(world / "straight/patches.jsonl")
-    assert any(row["grad_norm"] > 0 for row in lines(world / "straight/metrics.jsonl")), "the test wants steps that learn"
+    rows, patches = (untimed(world / "straight" / name)
+                     for name in ("metrics.jsonl", "patches.jsonl"))
+    assert untimed(world / "killed/metrics.jsonl") == rows
+    assert [row["step"] for row in rows] == list(range(5))
+    assert untimed(world / "killed/patches.jsonl") == patches != []
+    assert any(row["grad_norm"] > 0 for row in rows), "the test wants steps that learn"
 
 
 def test_two_processes_equal_one_and_need_not_fail_alike(world):
@@ -106,21 +110,24 @@ def test_two_processes_equal_one_and_need_not_fail_alike(world):
         row["evidence"] = row["evidence"] if i % 2 else []
     (world / "half.json").write_text(json.dumps(rows))
     # a narrow nucleus has few borders at which rounding, other in another batch, could turn a draw
-    flags = ("--data", "half.json", "--steps", 5, "--beta", 0.04, "--save_every", 100, "--top_p", 0.6)
+    flags = ("--data", "half.json", "--steps", 5, "--beta", 0.04, "--save_every", 100,
+             "--top_p", 0.6)
     finish(start(world, *flags, "--output", "one", "--batch_prompts", 4))
     finish(start(world, *flags, "--output", "two", "--batch_prompts", 2, processes=2))
-    one, two = lines(world / "one/metrics.jsonl"), lines(world / "two/metrics.jsonl")
+    one, two = (runs.read_log(world / name / "metrics.jsonl") for name in ("one", "two"))
     assert len(two) == 5 and one[0]["grad_norm"] > 0
     for name in ("loss", "grad_norm", "entropy", "reward", "accuracy"):
         assert two[0][name] == pytest.approx(one[0][name], abs=1e-4), name
-    order = [(row["sample"], row["slot"], row["status"]) for row in lines(world / "two/patches.jsonl") if row["step"] == 0]
-    assert sorted(order) == sorted((row["sample"], row["slot"], row["status"])
-                                   for row in lines(world / "one/patches.jsonl") if row["step"] == 0)
-    finish(start(world, *flags, "--output", "alone", "--data", "pair.json", "--batch_prompts", 1, processes=2)
-           if (world / "pair.json").write_text(json.dumps([rows[0], rows[1]])) else None)
-    per_step = {step: {row["sample"] for row in lines(world / "alone/patches.jsonl")
-                       if row["step"] == step and row["status"] == "patched"} for step in range(5)}
-    assert any(per_step.values()) and all(samples <= {rows[1]["problem_id"]} for samples in per_step.values())
+    ours, theirs = (sorted((row["sample"], row["slot"], row["status"])
+                           for row in runs.read_log(world / name / "patches.jsonl")
+                           if row["step"] == 0) for name in ("one", "two"))
+    assert ours == theirs != []
+    (world / "pair.json").write_text(json.dumps([rows[0], rows[1]]))
+    finish(start(world, *flags, "--output", "alone", "--data", "pair.json", "--batch_prompts", 1,
+                 processes=2))
+    patched = {row["sample"] for row in runs.read_log(world / "alone/patches.jsonl")
+               if row["status"] == "patched"}
+    assert patched == {rows[1]["problem_id"]}
 
 
 def test_a_run_killed_before_its_last_evaluation_still_makes_it(world, tmp_path):
@@ -131,17 +138,19 @@ def test_a_run_killed_before_its_last_evaluation_still_makes_it(world, tmp_path)
     before = evals.read_text()
     evals.write_text(before.splitlines(True)[0])  # as if killed after the last checkpoint
     run(replace(config, resume=True))
-    assert evals.read_text() == before and [row["step"] for row in lines(evals)] == [0, 2]
+    assert evals.read_text() == before
+    assert [row["step"] for row in runs.read_log(evals)] == [0, 2]
 
 
 def test_sigterm_saves_and_stops(world):
     """Catches: a run that a scheduler's SIGTERM kills with an hour of work unsaved."""
-    process = after_step(start(world, "--steps", 50, "--save_every", 1000, "--output", "terminated"), 1)
+    flags = ("--steps", 50, "--save_every", 1000, "--output", "terminated")
+    process = after_step(start(world, *flags), 1)
     process.send_signal(signal.SIGTERM)
     output = finish(process)
-    done = len(lines(world / "terminated/metrics.jsonl"))
+    done = len(runs.read_log(world / "terminated/metrics.jsonl"))
     assert 1 <= done < 50 and f"stopped after step {done}, saved" in output
-    assert train.newest_checkpoint(world / "terminated").name == f"step-{done:06d}"
+    assert runs.newest_checkpoint(world / "terminated").name == f"step-{done:06d}"
 
 
 def test_bad_files_cost_their_samples_only(world, tmp_path):
@@ -154,47 +163,57 @@ def test_bad_files_cost_their_samples_only(world, tmp_path):
     (tmp_path / "empty.mp4").touch()
     from PIL import Image
     Image.new("RGB", (60, 50), "red").save(tmp_path / "picture.png")
-    kinds = {"good.mp4": ("multiple choice", "B", ["A. red", "B. blue"]), "short.mp4": ("numerical", "3", None),
+    kinds = {"good.mp4": ("multiple choice", "B", ["A. red", "B. blue"]),
+             "short.mp4": ("numerical", "3", None),
              "picture.png": ("OCR", "exit", None), "cut.mp4": ("free-form", "a dog", None),
              "empty.mp4": ("regression", "2.5", None), "gone.mp4": ("numerical", "1", None)}
-    rows = [{"problem_id": path, "problem": "What is shown?", "data_type": "image" if path.endswith("png") else "video",
-             "problem_type": kind, "options": options, "solution": f"<answer>{answer}</answer>", "path": "./" + path,
-             "data_source": "mine", "evidence": [{"start": 0.5, "end": 1.0}]} for path, (kind, answer, options) in kinds.items()]
+    rows = [{"problem_id": path, "problem": "What is shown?",
+             "data_type": "image" if path.endswith("png") else "video",
+             "problem_type": kind, "options": options, "solution": f"<answer>{answer}</answer>",
+             "path": "./" + path, "data_source": "mine", "evidence": [{"start": 0.5, "end": 1.0}]}
+            for path, (kind, answer, options) in kinds.items()]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    output = finish(start(world, "--data", tmp_path / "rows.json", "--video_root", tmp_path, "--output", tmp_path / "run",
-                          "--epochs", 2, "--batch_prompts", 5, "--rollouts", 2))
-    bad = lines(tmp_path / "run/bad_samples.jsonl")
-    assert "gone.mp4" in output and {row["id"] for row in bad} == {"gone.mp4", "cut.mp4", "empty.mp4"}
-    metrics = lines(tmp_path / "run/metrics.jsonl")
+    output = finish(start(world, "--data", tmp_path / "rows.json", "--video_root", tmp_path,
+                          "--output", tmp_path / "run", "--epochs", 2, "--batch_prompts", 5,
+                          "--rollouts", 2))
+    bad = runs.read_log(tmp_path / "run/bad_samples.jsonl")
+    assert "gone.mp4" in output
+    assert {row["id"] for row in bad} == {"gone.mp4", "cut.mp4", "empty.mp4"}
+    metrics = runs.read_log(tmp_path / "run/metrics.jsonl")
     assert [row["bad_samples"] for row in metrics] == [2, 4] and all(row["reason"] for row in bad)
-    asked = {row["sample"] for row in lines(tmp_path / "run/patches.jsonl")}
+    asked = {row["sample"] for row in runs.read_log(tmp_path / "run/patches.jsonl")}
     assert asked <= {"good.mp4", "short.mp4", "picture.png"} and len(asked) == 3
 
 
 def test_a_saved_checkpoint_is_the_student(world):
     """Catches: weights saved under names or types that from_pretrained silently drops or rounds."""
     folder = world / "warm/checkpoints/step-000060"
-    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-    student = Student.load(str(folder))
-    ids = processor.tokenizer("Think: in which corner is the cross?", return_tensors="pt").input_ids[0]
-    piece = lambda ids: data.Segment(ids, None, torch.zeros(0, 3, dtype=torch.long), torch.zeros(0))
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    tokenizer, student = AutoProcessor.from_pretrained(folder).tokenizer, Student.load(str(folder))
+    ids = tokenizer("Think: in which corner is the cross?", return_tensors="pt").input_ids[0]
+
+    def piece(ids):
+        return data.Segment(ids, None, torch.zeros(0, 3, dtype=torch.long), torch.zeros(0))
+
     with torch.no_grad():
         logp, _ = student([piece(ids[:3])], [piece(ids[3:5])], [0], [ids[5:]])
         theirs = model(input_ids=ids[None]).logits[0].log_softmax(-1)
-    assert len(logp) > 3 and (logp - theirs[4:-1].gather(-1, ids[5:, None])[:, 0]).abs().max() < 1e-5
-    assert student.eos_ids == {processor.tokenizer.eos_token_id}
+    assert len(logp) > 3
+    assert (logp - theirs[4:-1].gather(-1, ids[5:, None])[:, 0]).abs().max() < 1e-5
+    assert student.eos_ids == {tokenizer.eos_token_id}
 
 
 def config_of(world, output, **changes):
     return train.Config(**{**dict(
-        model=str(world / "warm/checkpoints/step-000060"), data=str(world / "train.json"), video_root=str(world / "videos"),
-        template=str(world / "template.txt"), output=str(output), max_pixels=56 * 56, max_completion=40, decode_workers=0,
-        steps=2, rollouts=4, lr=1e-4), **changes})
+        model=str(world / "warm/checkpoints/step-000060"), data=str(world / "train.json"),
+        video_root=str(world / "videos"), template=str(world / "template.txt"), output=str(output),
+        max_pixels=56 * 56, max_completion=40, decode_workers=0, steps=2, rollouts=4, lr=1e-4),
+        **changes})
 
 
 def run(config):
     train.train(config, torch.device("cpu"), torch.float32)
-    return lines(Path(config.output) / "metrics.jsonl")
+    return runs.read_log(Path(config.output) / "metrics.jsonl")
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_samples(world, tmp_path, monkeypatch):
@@ -202,7 +221,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_samples(world, tmp_path, 
     monkeypatch.setattr(ffr, "loss", lambda logp, batch, *rest: (logp.sum() * float("nan"), {}))
     with pytest.raises(FloatingPointError, match=r"samples: train-\d+"):
         run(config_of(world, tmp_path / "run"))
-    saved = AutoModelForImageTextToText.from_pretrained(train.newest_checkpoint(tmp_path / "run"))
+    saved = AutoModelForImageTextToText.from_pretrained(runs.newest_checkpoint(tmp_path / "run"))
     assert all(p.isfinite().all() for p in saved.parameters())
 
 
@@ -215,27 +234,34 @@ def test_reference_and_policy_score_under_the_same_observation(world, tmp_path, 
     assert rows[0]["logp_mismatch"] < 1e-5 and rows[0]["clip_fraction"] == 0
 
 
-def test_metrics_hold_what_the_design_promises(world, tmp_path):
+def test_metrics_hold_every_promised_key(world, tmp_path):
     """Catches: a figure that is missing, phases that do not add up to the step, counts that
     contradict each other.
     """
-    rows = run(config_of(world, tmp_path / "run", evidence="frames", updates_per_batch=2, eval_data=str(world / "heldout.json")))
-    promised = set("step reward accuracy format intervention_ratio repair_rate repair_rate_by_error error_types chosen_accuracy "
-                   "alignment advantage_zero_fraction kl entropy clip_fraction completion_length grad_norm lr seconds "
-                   "tokens_per_second peak_memory_gb teacher".split())
+    rows = run(config_of(world, tmp_path / "run", evidence="frames", updates_per_batch=2,
+                         eval_data=str(world / "heldout.json")))
+    promised = set("step reward accuracy format intervention_ratio repair_rate "
+                   "repair_rate_by_error error_types chosen_accuracy alignment "
+                   "advantage_zero_fraction kl entropy clip_fraction completion_length grad_norm "
+                   "lr seconds tokens_per_second peak_memory_gb teacher".split())
     for row in rows:
         assert promised <= row.keys()
-        seconds = row["seconds"]
-        assert sum(v for name, v in seconds.items() if name != "step") == pytest.approx(seconds["step"], abs=1e-6)
-        assert sum(row["error_types"].values()) == row["teacher"]["calls"] == round(row["intervention_ratio"] * 4)
+        phases = dict(row["seconds"])
+        step = phases.pop("step")
+        assert sum(phases.values()) == pytest.approx(step, abs=1e-6)
+        failed = round(row["intervention_ratio"] * 4)
+        assert sum(row["error_types"].values()) == row["teacher"]["calls"] == failed
     files = {p.name for p in (tmp_path / "run").iterdir()}
-    assert {"config.json", "metrics.jsonl", "eval.jsonl", "samples.md", "patches.jsonl", "checkpoints"} <= files
-    evals = lines(tmp_path / "run/eval.jsonl")
-    assert [row["step"] for row in evals] == [0, 2] and all(0 <= row["accuracy_with_patches"] <= 1 for row in evals)
+    assert files >= {"config.json", "metrics.jsonl", "eval.jsonl", "samples.md", "patches.jsonl",
+                     "checkpoints"}
+    evals = runs.read_log(tmp_path / "run/eval.jsonl")
+    assert [row["step"] for row in evals] == [0, 2]
+    assert all(0 <= row["accuracy_with_patches"] <= 1 for row in evals)
 
 
-@pytest.mark.parametrize("changes", (dict(method="grpo"), dict(select="best"), dict(train_on="original"), dict(evidence="none"),
-                                     dict(loss_norm="sequence"), dict(freeze_vision=True), dict(micro_tokens=200)))
+@pytest.mark.parametrize("changes", (
+    dict(method="grpo"), dict(select="best"), dict(train_on="original"), dict(evidence="none"),
+    dict(loss_norm="sequence"), dict(freeze_vision=True), dict(micro_tokens=200)))
 def test_every_ablation_runs(world, tmp_path, changes):
     """Catches: a flag that breaks the loop."""
     rows = run(config_of(world, tmp_path / "run", steps=1, **changes))
@@ -244,16 +270,20 @@ def test_every_ablation_runs(world, tmp_path, changes):
 
 def test_micro_batches_do_not_change_the_step(world, tmp_path):
     """Catches: a gradient that depends on how a step is cut into forwards."""
-    whole, cut = (run(config_of(world, tmp_path / str(n), steps=1, batch_prompts=2, micro_tokens=n))[0] for n in (10**6, 250))
-    assert whole["grad_norm"] > 0 and cut["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
+    changes = dict(steps=1, batch_prompts=2)
+    whole, cut = (run(config_of(world, tmp_path / str(n), micro_tokens=n, **changes))[0]
+                  for n in (10**6, 250))
+    assert whole["grad_norm"] > 0
+    assert cut["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
     assert cut["loss"] == pytest.approx(whole["loss"], abs=1e-5)
 
 
 @pytest.mark.parametrize("flags, sentence", (
-    (["--model", "m", "--kapa", "0.1"], "unrecognized arguments: --kapa"),
+    (["--model", "m", "--kapa", "0.1"], "unknown: --kapa; did you mean --kappa?"),
     (["--model", "m", "--frames", "15", "--data", "d"], "--frames must be even"),
     (["--model", "m"], "--data is missing"),
     (["--model", "m", "--data", "nowhere.json"], "nowhere.json"),
+    (["--model", "m", "--data", "/dev/null"], "/dev/null holds no samples"),
     (["--model", "m", "--data", "d", "--rollouts", "1"], "--rollouts must be at least 2"),
     (["--method", "magic"], "invalid choice"),
     (["--cuda_graphs"], "--cuda_graphs needs a CUDA device"),
@@ -265,6 +295,26 @@ def test_bad_flags_are_refused_in_one_sentence(tmp_path, monkeypatch, capsys, fl
         train.main(flags)
     assert end.value.code and sentence in capsys.readouterr().err + str(end.value.code)
     assert not any(tmp_path.iterdir()), "nothing is left behind by a run that never began"
+
+
+def test_train_takes_the_step_that_ffr_spells_out(world, tmp_path, monkeypatch):
+    """Catches: train.py going another way than ffr.step, which a reader takes for the method."""
+    config = config_of(world, tmp_path / "run", batch_prompts=3, beta=0.04, max_grad_norm=1e9)
+    first = train.Run(config, torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(first.optimizer, "step", lambda: None)
+    monkeypatch.setattr(first.optimizer, "zero_grad", lambda: None)
+    phases = runs.Phases(first.device)
+    sums = train.update(first, first.method.fill(first, 0, phases), phases)
+    other = train.Run(replace(config, output=str(tmp_path / "other")), torch.device("cpu"),
+                      torch.float32)
+    loss = ffr.step(other.student, other.reference, other.fetch(0), other.prompts.header,
+                    other.score, other.diagnose, other.write, alignment, "0/0", config.rollouts,
+                    other.sampling)
+    assert loss == pytest.approx(sums["loss"], abs=1e-6)
+    pairs = [(a.grad, b.grad) for a, b in zip(first.student.parameters(),
+                                              other.student.parameters()) if a.grad is not None]
+    assert sum(a.abs().sum() for a, _ in pairs) > 0
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(world, tmp_path):
@@ -288,22 +338,25 @@ KEY = "sk-ant-a-key-that-must-not-be-written-anywhere"
 
 
 def test_the_service_teacher_teaches_a_run(world, tmp_path, monkeypatch):
-    """Catches: a teacher that works alone but not in the loop: tools unused, patches unread, a key in
-    a file, teaching that starts only when every prompt has been sampled.
+    """Catches: a teacher that works alone but not in the loop: tools unused, patches unread, a key
+    in a file, teaching that starts only when every prompt has been sampled.
     """
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
     sampled = []
-    monkeypatch.setattr(ffr, "fix", lambda groups, fix=ffr.fix: (sampled.append(time.monotonic()), fix(groups)))
+    monkeypatch.setattr(ffr, "fix", lambda groups, ask, fix=ffr.fix:
+                        (sampled.append(time.monotonic()), fix(groups, ask)))
     with MessagesServer() as server:
-        rows = run(config_of(world, tmp_path / "run", teacher="anthropic", teacher_url=server.url, batch_prompts=2,
-                             teacher_price="3/15"))
+        rows = run(config_of(world, tmp_path / "run", teacher="anthropic", teacher_url=server.url,
+                             batch_prompts=2, teacher_price="3/15"))
         first_asked = server.seen[1][0]  # the first request is the connection check
     assert rows[0]["intervention_ratio"] > 0 and rows[0]["teacher"]["dollars"] > 0
-    assert all(row["teacher"]["calls"] == row["teacher"]["patched"] > 0 and row["grad_norm"] >= 0 for row in rows)
-    tools = {block["name"] for body in server.bodies for message in body["messages"] if message["role"] == "assistant"
+    assert all(row["teacher"]["calls"] == row["teacher"]["patched"] > 0 for row in rows)
+    assert all(row["grad_norm"] >= 0 for row in rows)
+    messages = [message for body in server.bodies for message in body["messages"]]
+    tools = {block["name"] for message in messages if message["role"] == "assistant"
              for block in message["content"] if block["type"] == "tool_use"}
     assert {"get_frame", "zoom_region", "get_temporal_segment"} <= tools
-    assert first_asked < sampled[0], "the first diagnosis must not wait for the last row to be sampled"
+    assert first_asked < sampled[0], "the first diagnosis must not wait until all rows are sampled"
     written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert len(written) > 10 and not any(KEY.encode() in path.read_bytes() for path in written)
 
@@ -312,7 +365,8 @@ def test_a_killed_run_pays_for_no_diagnosis_twice(world, monkeypatch):
     """Catches: answers that die with the process that paid for them."""
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
     with MessagesServer() as server:
-        flags = ("--teacher", "anthropic", "--teacher_url", server.url, "--steps", 4, "--output", "taught", "--save_every", 3)
+        flags = ("--teacher", "anthropic", "--teacher_url", server.url, "--steps", 4,
+                 "--output", "taught", "--save_every", 3)
         killed = after_step(start(world, *flags), 2)
         killed.send_signal(signal.SIGKILL)
         finish(killed, -signal.SIGKILL)
@@ -321,8 +375,9 @@ def test_a_killed_run_pays_for_no_diagnosis_twice(world, monkeypatch):
         bodies = [json.dumps(body, sort_keys=True) for body in server.bodies]
     checks = [body for body in bodies if "Connection check" in body]
     assert before > 20 and len(checks) == 2 and len(bodies) - 2 == len(set(bodies) - set(checks))
-    assert [row["step"] for row in lines(world / "taught/metrics.jsonl")] == list(range(4))
-    audit = subprocess.run([sys.executable, str(ROOT / "teacher.py"), "audit", "taught"], cwd=world, text=True,
+    steps = [row["step"] for row in runs.read_log(world / "taught/metrics.jsonl")]
+    assert steps == list(range(4))
+    audit = subprocess.run([sys.executable, str(ROOT / "guard.py"), "taught"], cwd=world, text=True,
                            capture_output=True, check=True)
     assert "patched" in audit.stdout
 
@@ -331,4 +386,5 @@ def test_a_dead_teacher_is_found_out_before_the_model_loads(world, tmp_path, mon
     """Catches: an hour of loading before a wrong address shows."""
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
     with pytest.raises(ValueError, match="--teacher anthropic: .*"):
-        run(config_of(world, tmp_path / "run", model="no such model", teacher="anthropic", teacher_url="http://127.0.0.1:9"))
+        run(config_of(world, tmp_path / "run", model="no such model", teacher="anthropic",
+                      teacher_url="http://127.0.0.1:9"))

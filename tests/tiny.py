@@ -1,6 +1,4 @@
-"""Tiny random students of both families and segments for them, made on the spot; shared by the
-tests.
-"""
+"""Tiny random students of both families and segments for them, made on the spot for the tests."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -12,6 +10,7 @@ from model import Student
 
 VOCABULARY, IMAGE, VIDEO, START, END, EOS = 200, 190, 191, 192, 193, 194
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+OURS = {"text_config": "prefix_tree", "vision_config": "sdpa"}  # attention
 
 
 @dataclass
@@ -23,9 +22,7 @@ class Segment:
 
 
 class Tokenizer:
-    """The three things a Student asks of a tokenizer; ids 198 and 199 exist in the embedding
-    only.
-    """
+    """The three things a Student asks of a tokenizer; ids 198 and 199 are in the embedding only."""
     eos_token_id = EOS
     added_tokens_decoder = {i: SimpleNamespace(special=True) for i in range(IMAGE, 196)}
 
@@ -35,11 +32,13 @@ class Tokenizer:
 
 def tiny_config(family):
     rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 10000.0}
-    text = dict(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-                num_key_value_heads=2, rope_parameters=rope, bos_token_id=None, eos_token_id=EOS, pad_token_id=None)
-    vision = dict(hidden_size=32, intermediate_size=48, num_heads=2, patch_size=14, temporal_patch_size=2,
-                  spatial_merge_size=2, out_hidden_size=64)
-    ids = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END)
+    text = dict(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+                num_attention_heads=4, num_key_value_heads=2, rope_parameters=rope,
+                bos_token_id=None, eos_token_id=EOS, pad_token_id=None)
+    vision = dict(hidden_size=32, intermediate_size=48, num_heads=2, patch_size=14,
+                  temporal_patch_size=2, spatial_merge_size=2, out_hidden_size=64)
+    ids = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START,
+               vision_end_token_id=END)
     if family == "qwen3_vl":
         vision.update(depth=3, num_position_embeddings=64, deepstack_visual_indexes=[0, 1])
         return Qwen3VLConfig(text_config={**text, "head_dim": 16}, vision_config=vision, **ids)
@@ -48,10 +47,9 @@ def tiny_config(family):
 
 
 def tiny_student(family, seed=0, **options):
-    """A student with weights large enough that wrong attention shows in the fifth decimal."""
+    """Return a student; its weights are so large that wrong attention shows in the 5th decimal."""
     torch.manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(
-        tiny_config(family), attn_implementation={"text_config": "prefix_tree", "vision_config": "sdpa"})
+    model = AutoModelForImageTextToText.from_config(tiny_config(family), attn_implementation=OURS)
     for p in model.parameters():
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.15)
@@ -59,7 +57,7 @@ def tiny_student(family, seed=0, **options):
 
 
 def words(n, seed):
-    """n text ids."""
+    """Return n text ids."""
     return torch.randint(0, 180, (n,), generator=torch.Generator().manual_seed(seed))
 
 
@@ -68,7 +66,7 @@ def text(n, seed=0):
 
 
 def video(family, t, h, w, tail, seconds=1.3):
-    """A prompt: 5 words, a video of t x h x w patches, `tail` words."""
+    """Return a prompt: 5 words, a video of t x h x w patches, `tail` words."""
     n, seed = h * w // 4, 100 * t + tail
     run = [START] + [VIDEO] * n + [END]
     if family == "qwen3_vl":  # one run per temporal patch, a timestamp before each
@@ -76,12 +74,14 @@ def video(family, t, h, w, tail, seconds=1.3):
     else:
         run = [START] + [VIDEO] * (n * t) + [END]
     ids = torch.cat([words(5, seed), torch.tensor(run), words(tail, seed + 50)])
-    return Segment(ids, _pixels(t * h * w, seed), torch.tensor([[t, h, w]]), torch.tensor([seconds]))
+    grids = torch.tensor([[t, h, w]])
+    return Segment(ids, _pixels(t * h * w, seed), grids, torch.tensor([seconds]))
 
 
 def image(h, w, tail):
-    """A prompt or patch with a still image: 4 words, the image, `tail` words."""
-    ids = torch.cat([words(4, tail), torch.tensor([START] + [IMAGE] * (h * w // 4) + [END]), words(tail, tail + 9)])
+    """Return a prompt or patch with a still image: 4 words, the image, `tail` words."""
+    run = torch.tensor([START] + [IMAGE] * (h * w // 4) + [END])
+    ids = torch.cat([words(4, tail), run, words(tail, tail + 9)])
     return Segment(ids, _pixels(h * w, tail), torch.tensor([[1, h, w]]), torch.tensor([0.0]))
 
 
@@ -90,13 +90,14 @@ def _pixels(rows, seed):
 
 
 def separate_logits(student, prefix, suffix, completion):
-    """The plain way: Hugging Face's own model and attention over one whole row.
+    """Return logits the plain way: Hugging Face's own model and attention over one whole row.
 
-    Returns the logits [C + 1, V] that predict the completion's tokens and the one after them.
+    They are [C + 1, V] and predict the completion's tokens and the one after them.
     """
     ids = torch.cat([prefix.ids, suffix.ids, completion])
     inputs = {}
-    for token, name, grid in ((VIDEO, "pixel_values_videos", "video_grid_thw"), (IMAGE, "pixel_values", "image_grid_thw")):
+    for token, name, grid in ((VIDEO, "pixel_values_videos", "video_grid_thw"),
+                              (IMAGE, "pixel_values", "image_grid_thw")):
         having = [s for s in (prefix, suffix) if (s.ids == token).any()]
         if having:
             inputs[name] = torch.cat([s.pixels for s in having])
@@ -106,16 +107,18 @@ def separate_logits(student, prefix, suffix, completion):
     positions = plain_positions(ids.tolist(), grids, seconds, student.model.config)
     student.model.set_attn_implementation("sdpa")
     try:
-        out = student.model(input_ids=ids[None], attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        mask = torch.ones(1, len(ids), dtype=torch.long)
+        out = student.model(input_ids=ids[None], attention_mask=mask,
                             position_ids=positions[:, None], use_cache=False, **inputs)
     finally:
-        student.model.set_attn_implementation({"text_config": "prefix_tree", "vision_config": "sdpa"})
+        student.model.set_attn_implementation(OURS)
     return out.logits[0, len(ids) - len(completion) - 1:]
 
 
 def plain_positions(ids, grids, seconds, config):
-    """M-RoPE of a whole row, token by token: the released checkpoints' rule, written apart from the
-    code under test.
+    """Return M-RoPE positions of a whole row, token by token, by the released checkpoints' rule.
+
+    It is written apart from the code under test.
     """
     merge, qwen3 = config.vision_config.spatial_merge_size, config.model_type == "qwen3_vl"
     rate = getattr(config.vision_config, "tokens_per_second", 0)
@@ -124,7 +127,8 @@ def plain_positions(ids, grids, seconds, config):
         for k in range(t):
             if qwen3 or k == 0:
                 cells.append([])
-            cells[-1] += [(0 if qwen3 else int(torch.tensor(float(k)) * s * rate), y, x) for y in range(h // merge) for x in range(w // merge)]
+            moment = 0 if qwen3 else int(torch.tensor(float(k)) * s * rate)
+            cells[-1] += [(moment, y, x) for y in range(h // merge) for x in range(w // merge)]
     rows, top, inside = [], -1, None
     for id in ids:
         if id in (IMAGE, VIDEO):

@@ -4,7 +4,8 @@
 
 The five questions of a clip hang as suffixes from one prefix, the video, which costs half of what a
 prefix each would. A quarter of the suffixes carry the sample's patch. The weights in the repository
-had 100 steps of another batching before 1,900 of these, so a rerun gives their like, not their bits.
+had 100 steps of another batching before 1,900 of these, so a rerun gives much the same weights, not
+the same bits.
 """
 
 import argparse
@@ -21,16 +22,22 @@ import data
 import teacher
 import toy
 from model import Student
+from patch import render
+from runs import read_rows
+from video import ClipLoader
 
 LR, CLIPS = 2e-3, 8  # peak learning rate; clips of a step, five questions each
 
 
 def load(folder, student, prompts):
-    """Per clip: the video as prefix, and (suffix, suffix with patch, completion) of its questions."""
-    loader = data.ClipLoader(frames=16, max_pixels=56 * 56, factor=prompts.factor, workers=0)
+    """Return for each clip: the video as prefix, and its questions' suffixes and completions.
+
+    A question has two suffixes, without and with its patch.
+    """
+    loader = ClipLoader(frames=16, max_pixels=56 * 56, factor=prompts.factor, workers=0)
     end, annotated, clips = "<|vision_end|>", teacher.Annotated(), {}
     last = prompts.tokenizer.convert_tokens_to_ids(end)
-    for sample in data.load_samples(folder / "warm.json", folder / "videos"):
+    for sample in data.load_samples(read_rows(folder / "warm.json"), folder / "videos"):
         if sample.media not in clips:
             sample = loader.get(sample)[0]
             whole = prompts.prefix(sample)
@@ -38,8 +45,9 @@ def load(folder, student, prompts):
             clips[sample.media] = sample.clip, replace(whole, ids=whole.ids[:cut]), []
         clip, _, rows = clips[sample.media]
         sample = replace(sample, clip=clip)
-        question = prompts.patch(f"{prompts.template.replace('{question}', sample.question)}").ids
-        patch = prompts.patch(teacher.render(annotated.diagnose(sample, sample.process), "text")).ids
+        question = prompts.patch(prompts.template.replace("{question}", sample.question)).ids
+        evidence = render(annotated.diagnose(sample, sample.process), "text")
+        patch = prompts.patch(evidence).ids
         header = prompts.header
         rows.append((replace(header, ids=torch.cat([question, header.ids])),
                      replace(header, ids=torch.cat([question, patch, header.ids])),
@@ -48,7 +56,7 @@ def load(folder, student, prompts):
 
 
 def nll(student, clips, patched, rng):
-    """Mean negative log-likelihood of the traces; `patched` is the share of suffixes with a patch."""
+    """Return the traces' mean negative log-likelihood; a share `patched` of them has a patch."""
     rows = [(b, row) for b, (_, rows) in enumerate(clips) for row in rows]
     suffixes = [row[rng.random() < patched] for _, row in rows]
     logp, _ = student([prefix for prefix, _ in clips], suffixes, [b for b, _ in rows],
@@ -57,6 +65,7 @@ def nll(student, clips, patched, rng):
 
 
 def main():
+    """Train by the command line's flags and write the weights into the world's folder."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=2000)

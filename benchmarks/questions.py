@@ -13,18 +13,20 @@ multiple choice goes by rule, not by judge, and so do TempCompass' answers, also
 read none; an answer that stands in <answer> is read there.
 """
 
-import json
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from string import ascii_uppercase as LETTERS
+from typing import Protocol
 
 import numpy as np
 
 from reward import accuracy, check_gold, choice, mra, number, parse_answer
+from runs import read_json, read_rows
 
 TITLES = {"mmvu": "MMVU", "vsibench": "VSI-Bench", "videommmu": "VideoMMMU",
           "holmes": "Video-Holmes", "longvideobench": "LongVideoBench", "lvbench": "LVBench",
@@ -40,6 +42,7 @@ CONVENTIONS = ("official", "family")
 @dataclass(frozen=True)
 class Question:
     """One question of a benchmark."""
+
     id: str
     text: str
     options: tuple[str, ...]  # "A. red"; as many letters as there are
@@ -54,8 +57,20 @@ class Question:
     judged: bool = False  # only a judge can score it
 
 
-def load(config):
-    """All questions of a benchmark; ValueError where a row is not what the benchmark's rows are."""
+class Flags(Protocol):
+    """The flags of evaluate.py that say which questions are asked."""
+
+    benchmark: str
+    data: str
+    video_root: str
+    frames: int
+    subtitles: bool
+    uncut: bool
+    question_only: bool
+
+
+def load(config: Flags) -> list[Question]:
+    """Return all questions of a benchmark; ValueError where a row is not as its rows are."""
     loaders = {"mmvu": mmvu, "vsibench": vsibench, "videommmu": videommmu, "holmes": holmes,
                "longvideobench": longvideobench, "lvbench": lvbench, "mvbench": mvbench,
                "tempcompass": tempcompass, "family": family_json}
@@ -83,21 +98,21 @@ def load(config):
 class Videos:
     """Where the files are: at a path below the root, or by their name alone."""
 
-    def __init__(self, root):
+    def __init__(self, root: str) -> None:
         self.root = Path(root).absolute() if root else None
         if root and not self.root.is_dir():
             raise ValueError(f"--video_root {root} is not a folder")
 
-    def at(self, *paths):
-        """The first of the paths that exists below the root, its videos/ or video/."""
+    def at(self, *paths: str) -> str:
+        """Return the first of the paths that exists below the root, its videos/ or video/."""
         if self.root is None:
             return paths[0]
         tried = [base / path for path in paths
                  for base in (self.root, self.root / "videos", self.root / "video")]
         return str(next((path for path in tried if path.exists()), tried[0]))
 
-    def named(self, stem):
-        """The file of this name, wherever it is below the root."""
+    def named(self, stem: str) -> str:
+        """Return the file of this name, wherever it is below the root."""
         return self.root and self._stems.get(stem) or self.at(f"{stem}.mp4")
 
     @cached_property
@@ -109,8 +124,8 @@ class Videos:
                 if path.suffix.lower() in kinds}
 
 
-def pick(data, *patterns):
-    """The question files: `data` itself, or a folder's, by the first pattern that finds any."""
+def pick(data: str, *patterns: str) -> list[Path]:
+    """Return the question files: `data`, or a folder's, by the first pattern that finds any."""
     path = Path(data)
     if path.is_file():
         return [path]
@@ -120,36 +135,30 @@ def pick(data, *patterns):
     raise ValueError(f"--data {data} is no file, nor a folder with {' or '.join(patterns)}")
 
 
-def read(path):
-    """What a JSON, JSON lines or parquet file holds."""
+def read(path: Path | str) -> list | dict:
+    """Return what a JSON, JSON lines or parquet file holds."""
     path = Path(path)
     if path.suffix == ".parquet":
         import pyarrow.parquet  # slow to import, and most benchmarks come as JSON
         return pyarrow.parquet.read_table(path).to_pylist()
-    text = path.read_text(encoding="utf-8-sig")
-    try:
-        if path.suffix == ".json":
-            return json.loads(text)
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    return read_json(path) if path.suffix == ".json" else read_rows(path)
 
 
-def rows(config, *patterns):
-    """The rows of all question files."""
+def rows(config: Flags, *patterns: str) -> list[dict]:
+    """Return the rows of all question files."""
     return [row for path in pick(config.data, *patterns) for row in read(path)]
 
 
-def lettered(texts):
-    """Options with their letters: "A. red", also where they had them already."""
+def lettered(texts: Iterable) -> tuple[str, ...]:
+    """Return options with their letters, "A. red", also where they had them already."""
     texts = [str(text).strip() for text in texts]
     if texts and all(re.match(rf"\(?{x}[.):] ?", text) for x, text in zip(LETTERS, texts)):
         texts = [re.sub(r"^\(?[A-Z][.):] ?", "", text) for text in texts]
     return tuple(f"{LETTERS[i]}. {text}" for i, text in enumerate(texts))
 
 
-def split_options(text):
-    """A question and the options in its last lines, "A. red" or "(A) red"."""
+def split_options(text: str) -> tuple[str, tuple[str, ...]]:
+    """Return a question and the options in its last lines, "A. red" or "(A) red"."""
     stem, *parts = re.split(r"\n[ \t]*\(?([A-Z])[.)] ", text)
     if not parts or "".join(parts[::2]) != LETTERS[:len(parts) // 2]:
         return text, ()
@@ -160,8 +169,8 @@ def split_options(text):
 # Loaders: the layouts of the benchmarks' own repositories and hub pages
 
 
-def members(groups):
-    """{member: group} of {group: "member member ..."}."""
+def members(groups: dict[str, str]) -> dict[str, str]:
+    """Return {member: group} of {group: "member member ..."}."""
     return {member: group for group, listed in groups.items() for member in listed.split()}
 
 
@@ -195,8 +204,8 @@ BOUNDED = {"action_sequence", "action_prediction", "object_interaction", "action
 FORMATS = ("multi-choice", "yes_no", "caption_matching", "captioning")  # TempCompass' tasks
 
 
-def mmvu(config, videos):
-    """MMVU's validation set: 625 multiple choice and 375 open questions."""
+def mmvu(config: Flags, videos: Videos) -> list[Question]:
+    """Return MMVU's validation set: 625 multiple choice and 375 open questions."""
     questions = []
     for row in rows(config, "validation.json", "data/validation.json", "**/validation*.parquet"):
         path = row["video"].split("/main/")[-1]  # it is a URL
@@ -210,8 +219,11 @@ def mmvu(config, videos):
     return questions
 
 
-def vsibench(config, videos):
-    """VSI-Bench's test set: six types of multiple choice in four tasks, four numerical tasks."""
+def vsibench(config: Flags, videos: Videos) -> list[Question]:
+    """Return VSI-Bench's test set.
+
+    It has six types of multiple choice in four tasks, and four numerical tasks.
+    """
     questions = []
     for row in rows(config, "test.jsonl", "**/test*.parquet"):
         options, path = row["options"], f"{row['dataset']}/{row['scene_name']}.mp4"
@@ -224,8 +236,11 @@ def vsibench(config, videos):
     return questions
 
 
-def videommmu(config, videos):
-    """Video-MMMU: 300 videos, each with a question of perception, comprehension and adaptation."""
+def videommmu(config: Flags, videos: Videos) -> list[Question]:
+    """Return Video-MMMU: 300 videos, each with a question of each of its three tracks.
+
+    The tracks are perception, comprehension and adaptation.
+    """
     questions = []
     for path in pick(config.data, "data/*_video.json", "*_video.json", "*/*.parquet"):
         found, track = read(path), path.parent.name
@@ -256,8 +271,11 @@ def _videommmu_question(row, track, videos, question_only):
                     videos.at(path, Path(path).name), accepted=() if options else tuple(golds))
 
 
-def holmes(config, videos):
-    """Video-Holmes' test set; question ids restart with every video and may repeat even there."""
+def holmes(config: Flags, videos: Videos) -> list[Question]:
+    """Return Video-Holmes' test set.
+
+    Question ids restart with every video and may repeat even there.
+    """
     questions, seen = [], Counter()
     for row in rows(config, "test_Video-Holmes.json", "**/test_Video-Holmes.json", "*test*.json"):
         id = f"{row['video ID']}/{row['Question ID']}"
@@ -269,8 +287,8 @@ def holmes(config, videos):
     return questions
 
 
-def longvideobench(config, videos):
-    """LongVideoBench's validation set; with --subtitles their lines go before the question."""
+def longvideobench(config: Flags, videos: Videos) -> list[Question]:
+    """Return LongVideoBench's validation set; --subtitles puts their lines before the question."""
     questions, folder = [], Path(config.data).parent
     for row in rows(config, "lvb_val.json", "**/validation*.parquet"):
         if "candidates" in row:
@@ -288,8 +306,11 @@ def longvideobench(config, videos):
     return questions
 
 
-def spoken(row, frames, folders):
-    """The subtitles during which a frame is shown, as the authors choose them, with their times."""
+def spoken(row: dict, frames: int, folders: Sequence[Path]) -> str:
+    """Return the subtitles during which a frame is shown, with their times.
+
+    Which ones these are is the authors' own rule.
+    """
     path = next((f / row["subtitle_path"] for f in folders if (f / row["subtitle_path"]).exists()),
                 None)
     if path is None:
@@ -307,13 +328,13 @@ def spoken(row, frames, folders):
     return "\n".join(["Subtitles:", *kept, "", ""]) if kept else ""
 
 
-def seconds(stamp):
-    """Seconds of "HH:MM:SS.mmm", "MM:SS" or a number."""
+def seconds(stamp: str | float) -> float:
+    """Return the seconds of "HH:MM:SS.mmm", "MM:SS" or a number."""
     return sum(float(part) * 60**i for i, part in enumerate(reversed(str(stamp).split(":"))))
 
 
-def lvbench(config, videos):
-    """LVBench: a line a video, options inside the question; or the mirror's row a question."""
+def lvbench(config: Flags, videos: Videos) -> list[Question]:
+    """Return LVBench: a line a video, options in the question; or the mirror's row a question."""
     questions = []
     for video in rows(config, "video_info.meta.jsonl", "**/*.parquet"):
         for row in video.get("qa") or [video]:
@@ -329,13 +350,19 @@ def lvbench(config, videos):
 
 
 def _reference(text):
-    """LVBench's "MM:SS-MM:SS", or with hours, as evidence: where the answer is, not an input."""
+    """Return LVBench's "MM:SS-MM:SS", or with hours, as evidence.
+
+    It says where the answer is; no model is shown it.
+    """
     times = [seconds(part) for part in re.findall(r"\d+(?::\d+)+", text or "")]
     return ({"start": min(times), "end": max(times)},) if len(times) == 2 else ()
 
 
-def mvbench(config, videos):
-    """MVBench's twenty tasks; answers are the options' texts, TVQA's videos folders of pictures."""
+def mvbench(config: Flags, videos: Videos) -> list[Question]:
+    """Return MVBench's twenty tasks.
+
+    Its answers are the options' texts, and TVQA's videos are folders of pictures.
+    """
     questions = []
     for path in pick(config.data, "json/*.json", "*.json"):
         task = path.stem
@@ -350,8 +377,8 @@ def mvbench(config, videos):
     return questions
 
 
-def tempcompass(config, videos):
-    """TempCompass: four formats of questions, five aspects of time.
+def tempcompass(config: Flags, videos: Videos) -> list[Question]:
+    """Return TempCompass: four formats of questions, five aspects of time.
 
     Yes or no and caption matching are asked with lettered options, so that one rule reads all.
     """
@@ -376,7 +403,7 @@ def tempcompass(config, videos):
 
 
 def _tempcompass_rows(found):
-    """Rows of the hub as they are; the repository's {video: {aspect: [...]}} as such rows."""
+    """Return the hub's rows as they are, the repository's {video: {aspect: [...]}} as such rows."""
     if isinstance(found, list):
         return found
     return [{**row, "video_id": video, "dim": aspect} for video, aspects in found.items()
@@ -403,8 +430,8 @@ def _tempcompass_question(form, row, mc_question, mc_answer):
                     accepted=tuple(f"{label}: {t}" for label, t in lines))
 
 
-def family_json(config, videos):
-    """The Video-R1 family's evaluation JSON, one file a benchmark, uniform rows."""
+def family_json(config: Flags, videos: Videos) -> list[Question]:
+    """Return the Video-R1 family's evaluation JSON, one file a benchmark, uniform rows."""
     questions, path = [], pick(config.data, "eval_*.json")[0]
     found = read(path)
     tasks = sorted(MVBENCH) if "mvbench" in path.stem and len(found) == 200 * len(MVBENCH) else ()
@@ -425,8 +452,9 @@ def family_json(config, videos):
 # How right one answer is
 
 
-def value(benchmark, q, text, convention, verdicts=None):
-    """How right an answer is, in [0, 1]; None where only a judge could tell and none has.
+def value(benchmark: str, q: Question, text: str, convention: str,
+          verdicts: dict[str, int] | None = None) -> float | None:
+    """Return how right an answer is, in [0, 1]; None where only a judge could tell and none has.
 
     verdicts: {question id: 0 or 1}, the judge's; None without a judge. Nothing said is wrong.
     """
@@ -453,21 +481,21 @@ def _letters(q):
 
 
 def _family(q, text):
-    """Exact letters; numbers to two decimals; MRA with "<"."""
+    """Score by exact letters, by numbers to two decimals, by MRA with "<"."""
     if q.kind == "regression":
         return mra(number(_said(text)), number(q.answer), "<")
     return accuracy(q.kind, text, q.answer, q.options, "strict", fallback=True)
 
 
 def _lenient(q, text):
-    """What a person takes for the answer: MMVU's and the family JSON's second convention."""
+    """Score what a person takes for the answer: MMVU's and the family JSON's other convention."""
     if q.kind == "regression":
         return _vsibench(q, text)
     return accuracy(q.kind, text, q.answer, q.options, "lenient", fallback=True)
 
 
 def _vsibench(q, text):
-    """The first word, its full stop aside: a letter, or a number for MRA with "<="."""
+    """Score the first word, its full stop aside: a letter, or a number for MRA with "<="."""
     word = _said(text).split(" ")[0].rstrip(".").strip()
     if q.kind == "regression":
         return mra(number(word) if "," not in word else None, number(q.answer), "<=")
@@ -482,7 +510,7 @@ BEFORE = re.compile(
 
 
 def _videommmu(q, text):
-    """MMMU's reading: the last of the letters that are marked; else an option's text."""
+    """Score as MMMU reads: the last of the letters that are marked; else an option's text."""
     said = _said(text)
     if q.kind != "multiple choice":
         return _videommmu_open(q, said)
@@ -497,7 +525,7 @@ def _videommmu(q, text):
 
 
 def _videommmu_open(q, said):
-    """A gold number, to two decimals, or text behind the last word like "is" of any line."""
+    """Score a gold number, to two decimals, or text behind the last word like "is" of any line."""
     lines = said.lower().strip(" .").split("\n")
     lines[-1] = lines[-1].replace("=", " is ")
     tails = [BEFORE.split(line)[-1] for line in lines if BEFORE.search(line)] or lines
@@ -509,7 +537,7 @@ def _videommmu_open(q, said):
 
 
 def _holmes(q, text):
-    """The last <answer>; the first letter of A, B, … that is marked there, else that is there.
+    """Score the last <answer>: the first letter of A, B, … marked there, else the first in it.
 
     The rule prefers early letters: "Answer: C" is an A. Letters alone are read as they should be.
     """
@@ -522,27 +550,27 @@ def _holmes(q, text):
 
 
 def _longvideobench(q, text):
-    """The first capital that is one of the letters, phrases like "The answer is" taken out."""
+    """Score the first capital that is a letter, phrases like "The answer is" aside."""
     said = re.sub(r"(?:The (?:best |correct )?(?:answer|option)(?: is)?|Best (?:answer|option):)",
                   "", _said(text))
     return float(next((c for c in said if c in _letters(q)), "") == q.answer)
 
 
 def _lvbench(q, text):
-    """The first character of what stands before the first ")" and behind the first "("."""
+    """Score the first character of what stands before the first ")" and behind the first "("."""
     said = _said(text).partition(")")[0]
     said = said.split("(")[1] if "(" in said else said
     return float(said.strip()[:1] == q.answer)
 
 
 def _mvbench(q, text):
-    """The first word, full stops aside, inside "(b)" or around it."""
+    """Score the first word, full stops aside, inside "(b)" or around it."""
     word, gold = (_said(text).lower().split() or [""])[0].replace(".", ""), q.answer.lower()
     return float(f"({gold})" in word or word in (gold, f"({gold}", f"{gold})"))
 
 
 def _tempcompass_letter(q, said):
-    """The option that is given by its letter or whole text, or as its format writes it."""
+    """Return the option that is given by its letter or whole text, or as its format writes it."""
     if q.options == ("A. yes", "B. no") and re.match("(?i)yes|no", said):
         return "A" if said.lower().startswith("yes") else "B"
     for i, option in enumerate(q.options):
@@ -556,8 +584,8 @@ def _tempcompass_letter(q, said):
     return None
 
 
-def readable(q, text):
-    """Whether an answer can be told from the text at all, right or wrong."""
+def readable(q: Question, text: str) -> bool:
+    """Return whether an answer can be told from the text at all, right or wrong."""
     said = _said(text)
     if not said or q.kind not in ("multiple choice", "numerical", "regression"):
         return bool(said)
@@ -570,8 +598,10 @@ def readable(q, text):
 # Scores of a benchmark
 
 
-def cell(benchmark, q, convention):
-    """Where a question counts: the headline is the mean over the first entries' means, and so on.
+def cell(benchmark: str, q: Question, convention: str) -> tuple:
+    """Return where a question counts.
+
+    The headline is the mean over the first entries' means, and so on down to the questions.
 
     VSI-Bench: official over eight tasks, one of them over three types; family over two metrics.
     TempCompass: official over formats. All others: over all questions.
@@ -582,8 +612,8 @@ def cell(benchmark, q, convention):
             "videommmu": q.groups[:1]}.get(benchmark, ())
 
 
-def weights(cells):
-    """What each question counts for in the mean of means; they add up to 1."""
+def weights(cells: Sequence[tuple]) -> np.ndarray:
+    """Return what each question counts for in the mean of means; they add up to 1."""
     children = Counter(prefix[:-1] for prefix in
                        {c[:depth] for c in cells for depth in range(1, len(c) + 1)})
     counts = Counter(cells)
@@ -591,21 +621,30 @@ def weights(cells):
                      for c in cells])
 
 
-def values(benchmark, questions, texts, convention, verdicts=None):
-    """The questions that the convention scores, each with its value; no text is a wrong answer."""
+def values(benchmark: str, questions: Sequence[Question], texts: dict[str, str], convention: str,
+           verdicts: dict[str, int] | None = None) -> list[tuple[Question, float]]:
+    """Return the questions that the convention scores, each with its value.
+
+    A question without a text has been answered wrongly.
+    """
     scored = ((q, value(benchmark, q, texts.get(q.id, ""), convention, verdicts))
               for q in questions)
     return [(q, v) for q, v in scored if v is not None]
 
 
-def headline(benchmark, scored, convention):
-    """(share right, questions) of questions with their values; None of no questions."""
+def headline(benchmark: str, scored: Sequence[tuple[Question, float]],
+             convention: str) -> tuple[float, int] | None:
+    """Return (share right, questions) of questions with their values; None of no questions."""
     cells = [cell(benchmark, q, convention) for q, _ in scored]
     return (float(weights(cells) @ [v for _, v in scored]), len(scored)) if scored else None
 
 
-def score(benchmark, questions, texts, convention, verdicts=None):
-    """{name: (share right, questions)}: overall, over all questions alike, and every group's."""
+def score(benchmark: str, questions: Sequence[Question], texts: dict[str, str], convention: str,
+          verdicts: dict[str, int] | None = None) -> dict[str, tuple[float, int]]:
+    """Return {name: (share right, questions)}.
+
+    The names are "overall", "over questions" (all count alike), and every group's.
+    """
     scored = values(benchmark, questions, texts, convention, verdicts)
     figures = {"overall": headline(benchmark, scored, convention)} if scored else {}
     if len({cell(benchmark, q, convention) for q, _ in scored}) > 1:
@@ -616,8 +655,8 @@ def score(benchmark, questions, texts, convention, verdicts=None):
     return figures
 
 
-def tally(questions, answers):
-    """How many questions got no answer, and why; answers: {id: {"text", "error"}}."""
+def tally(questions: Sequence[Question], answers: dict[str, dict]) -> dict[str, int]:
+    """Count the questions that got no answer, by reason; answers: {id: {"text", "error"}}."""
     counts = dict.fromkeys(("questions", "missing", "undecodable", "unanswered", "unreadable",
                             "without <answer>"), 0)
     for q in questions:
@@ -633,8 +672,8 @@ def tally(questions, answers):
     return counts
 
 
-def knowledge(before, after):
-    """Δknowledge = (after − before) / (100 − before) · 100 of Video-MMMU, in percent.
+def knowledge(before: float, after: float) -> float:
+    """Return Δknowledge = (after − before) / (100 − before) · 100 of Video-MMMU, in percent.
 
     Accuracies on Adaptation: `before` without the lecture (--question_only), `after` with it.
     """

@@ -2,7 +2,9 @@
 
     run = read_run("runs/mmvu-M-16-0")       settings, questions, answers, verdicts of one run
     print(report(run))                       its figures by both conventions, the paper's beside
-    print(table(["runs", "--paper", "2"]))   rows of eight benchmarks: python evaluate.py table
+    print(table(["runs", "--paper", "2"]))   rows of eight benchmarks, both conventions
+
+python evaluate.py table RUN... prints the last. The paper's rows are in paper_tables.json.
 
 Shares are in 0..1 here and in percent where they are printed. Spread over seeds divides by n, which
 gives the paper's Table 17 from its seeds, to a rounding.
@@ -10,16 +12,16 @@ gives the paper's Table 17 from its seeds, to a rounding.
 
 import argparse
 import hashlib
-import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
-from benchmarks import (CONVENTIONS, REASONING, TITLES, Question, cell, headline, knowledge,
-                        readable, score, tally, values, weights)
-
+from benchmarks.questions import (CONVENTIONS, REASONING, TITLES, Question, cell, headline,
+                                  knowledge, readable, score, tally, values, weights)
+from runs import read_json, read_log, read_rows
 
 # ---------------------------------------------------------------------------------------------
 # The folder of a run
@@ -28,6 +30,7 @@ from benchmarks import (CONVENTIONS, REASONING, TITLES, Question, cell, headline
 @dataclass
 class Run:
     """What a run left: settings, questions, and rows by question id."""
+
     folder: Path
     config: SimpleNamespace  # the flags, and `label`, how a table calls the run's row
     questions: list[Question]
@@ -36,34 +39,34 @@ class Run:
     verdicts: dict | None
 
 
-def jsonl(path):
-    """The rows of an answer file; the last line may have been torn by a kill, none other."""
-    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
-    try:
-        return [json.loads(line) for line in whole.split("\n") if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+Rows = dict[str, dict[str, dict[int, Run]]]  # a table's: {row's label: {benchmark: {seed: run}}}
 
 
-def merged(folder, name):
-    """Rows by id from the files of all processes, the last each; no error replaces an answer."""
+def merged(folder: Path, name: str) -> dict[str, dict]:
+    """Return rows by id from the files of all processes: the last one of each id.
+
+    No error replaces an answer.
+    """
     found = {}
     for path in sorted(folder.glob(f"{name}*.jsonl")):
-        for row in jsonl(path):
+        for row in read_log(path):
             if not row.get("error") or found.get(row["id"], row).get("error"):
                 found[row["id"]] = row
     return found
 
 
-def read_run(folder):
-    """A run from its files; verdicts only on the answers still there, None without a judge."""
+def read_run(folder: Path | str) -> Run:
+    """Return a run from its files.
+
+    Its verdicts are those on answers that are still there; None without a judge.
+    """
     folder = Path(folder)
     try:
-        config = SimpleNamespace(**json.loads((folder / "config.json").read_text()))
+        config = SimpleNamespace(**read_json(folder / "config.json"))
         questions = [Question(**{name: tuple(v) if isinstance(v, list) else v
                                  for name, v in row.items()})
-                     for row in jsonl(folder / "questions.jsonl")]
-    except (OSError, TypeError, json.JSONDecodeError) as error:
+                     for row in read_rows(folder / "questions.jsonl")]
+    except (OSError, TypeError) as error:
         raise ValueError(f"{folder} is no folder of a run: {error}") from None
     answers = merged(folder, "answers")
     verdicts = {id: row["verdict"] for id, row in merged(folder, "verdicts").items()
@@ -73,8 +76,8 @@ def read_run(folder):
     return Run(folder, config, questions, answers, merged(folder, "patched"), verdicts)
 
 
-def digest(text):
-    """What a verdict is filed under, so that it holds for one answer only."""
+def digest(text: str) -> str:
+    """Return what a verdict is filed under, so that it holds for one answer only."""
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
 
@@ -82,45 +85,46 @@ def digest(text):
 # Tables
 
 
-def percent(x):
-    """A share in percent, a dash where there is none."""
+def percent(x: float | None) -> str:
+    """Return a share in percent, a dash where there is none."""
     return "–" if x is None else f"{100 * x:.1f}"
 
 
-def markdown(head, body):
-    """A Markdown table; the first column is text, the others are numbers."""
+def markdown(head: list[str], body: Iterable[list[str]]) -> str:
+    """Return a Markdown table; the first column is text, the others are numbers."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def texts_of(run, patched=False):
-    """Answers by id; with `patched`, the failed ones as they are with the teacher's patch."""
+def texts_of(run: Run, patched: bool = False) -> dict[str, str]:
+    """Return answers by id; with `patched`, those given with a patch replace the failed ones."""
     return {id: row["text"] for id, row in (run.answers | (run.patched if patched else {})).items()}
 
 
-def column(run):
-    """The benchmark whose column a run fills; a file of the family's is known by its name."""
+def column(run: Run) -> str | None:
+    """Return the benchmark whose column a run fills; a file of the family's tells by its name."""
     if run.config.benchmark != "family":
         return run.config.benchmark
     stem = Path(run.config.data).stem.lower()
     return next((b for b in TITLES if b in stem), {"eval_lvb": "longvideobench"}.get(stem))
 
 
-def overall(run, convention, patched=False, questions=None):
-    """The headline of a run, None where the convention scores none of the questions."""
+def overall(run: Run, convention: str, patched: bool = False,
+            questions: Sequence[Question] | None = None) -> float | None:
+    """Return the headline of a run, None where the convention scores none of the questions."""
     scored = values(run.config.benchmark, run.questions if questions is None else questions,
                     texts_of(run, patched), convention, run.verdicts)
     return headline(run.config.benchmark, scored, convention)[0] if scored else None
 
 
-def seen(run):
-    """The questions whose video was there and that the model has answered, in whatever way."""
+def seen(run: Run) -> list[Question]:
+    """Return the questions whose video was there and that the model has answered in some way."""
     return [q for q in run.questions
             if q.id in run.answers and not run.answers[q.id].get("error")]
 
 
-def report(run):
-    """All figures of one run as Markdown: counts, both conventions, the paper's numbers."""
+def report(run: Run) -> str:
+    """Return all figures of one run as Markdown: counts, both conventions, the paper's numbers."""
     config, texts, counts = run.config, texts_of(run), tally(run.questions, run.answers)
     told = [q for q in seen(run) if readable(q, texts[q.id])]
 
@@ -149,18 +153,18 @@ def report(run):
     return "\n\n".join(parts)
 
 
-def cells(figures, name):
-    """A figure and its number of questions, as cells."""
+def cells(figures: dict[str, tuple[float, int]], name: str) -> tuple[str, str]:
+    """Return a figure and its number of questions, as cells."""
     return (percent(figures[name][0]), str(figures[name][1])) if name in figures else ("–", "–")
 
 
-def paper():
-    """The paper's tables: {"columns", "tables": {number: {"title", "rows"}}}."""
-    return json.loads(Path(__file__).with_name("paper_tables.json").read_text(encoding="utf-8"))
+def paper() -> dict:
+    """Return the paper's tables: {"columns", "tables": {number: {"title", "rows"}}}."""
+    return read_json(Path(__file__).with_name("paper_tables.json"))
 
 
-def paper_line(benchmark):
-    """The paper's Table 2 for one benchmark, in a line."""
+def paper_line(benchmark: str | None) -> str:
+    """Return the paper's Table 2 for one benchmark, in a line."""
     found = paper()
     if benchmark not in found["columns"]:
         return ""
@@ -170,8 +174,8 @@ def paper_line(benchmark):
         if row[place] is not None)
 
 
-def find_runs(folders):
-    """The runs in the folders given, or one level below them."""
+def find_runs(folders: Iterable[str]) -> list[Run]:
+    """Return the runs in the folders given, or one level below them."""
     found = []
     for folder in map(Path, folders):
         inside = [folder] if (folder / "config.json").exists() else \
@@ -182,8 +186,11 @@ def find_runs(folders):
     return found
 
 
-def by_row(runs):
-    """{row's label: {benchmark: {seed: run}}}, --question_only runs apart as their own column."""
+def by_row(runs: Iterable[Run]) -> Rows:
+    """Return {row's label: {benchmark: {seed: run}}}.
+
+    Runs with --question_only have a column of their own.
+    """
     table = {}
     for run in runs:
         benchmark = column(run)
@@ -198,13 +205,16 @@ def by_row(runs):
     return table
 
 
-def mean_std(xs):
-    """Mean and, of several, the standard deviation over them (divided by n, as in Table 17)."""
+def mean_std(xs: Sequence[float]) -> str:
+    """Return the mean and, of several, the standard deviation (divided by n, as in Table 17)."""
     return percent(np.mean(xs)) + (f" ± {100 * np.std(xs):.1f}" if len(xs) > 1 else "")
 
 
-def table_row(label, columns):
-    """A row of eight benchmarks and two averages; columns: {benchmark: {seed: share right}}."""
+def table_row(label: str, columns: dict[str, dict[int, float]]) -> list[str]:
+    """Return a row of eight benchmarks and two averages.
+
+    columns: {benchmark: {seed: share right}}
+    """
     row = [label] + [mean_std(list(columns[b].values())) if columns.get(b) else "–" for b in TITLES]
     for part in (REASONING, tuple(TITLES)):
         seeds = [set(columns.get(b, ())) for b in part]
@@ -217,8 +227,8 @@ def table_row(label, columns):
     return row
 
 
-def main_table(rows_, convention, numbers):
-    """The eight columns by one convention, the paper's tables of these numbers below."""
+def main_table(rows_: Rows, convention: str, numbers: Sequence[str]) -> str:
+    """Return the eight columns by one convention, the paper's tables of these numbers below."""
     body = []
     for label, columns in rows_.items():
         for patched in (False, True):
@@ -235,8 +245,9 @@ def main_table(rows_, convention, numbers):
     return markdown(["", *TITLES.values(), "average, reasoning", "average, all"], body)
 
 
-def difference(first, second, convention, resamples=2000):
-    """(mean of second − first, low, high, questions): a paired 95 % bootstrap interval.
+def difference(first: dict[int, Run], second: dict[int, Run], convention: str,
+               resamples: int = 2000) -> tuple[float, float, float, int] | None:
+    """Return (mean of second − first, low, high, questions): a paired 95 % bootstrap interval.
 
     first, second: {seed: run} of one benchmark; seeds are averaged for each question. Questions are
     drawn anew within each cell of the headline, so that its weights stay.
@@ -265,8 +276,8 @@ def difference(first, second, convention, resamples=2000):
     return float(weight @ change), float(low), float(high), len(both)
 
 
-def comparison(rows_):
-    """Paired differences between the two rows of a table, benchmark by benchmark."""
+def comparison(rows_: Rows) -> str:
+    """Return paired differences between the two rows of a table, benchmark by benchmark."""
     (a, first), (b, second) = rows_.items()
     body = []
     for benchmark in (name for name in first if name in second):
@@ -279,8 +290,8 @@ def comparison(rows_):
     return f"### {b} minus {a}\n\n" + markdown(["", "points", "95 % interval", "n"], body)
 
 
-def gained_knowledge(rows_):
-    """Lines on Δknowledge, where a row has Video-MMMU with and without the lecture."""
+def gained_knowledge(rows_: Rows) -> list[str]:
+    """Return lines on Δknowledge, where a row has Video-MMMU with and without the lecture."""
     lines = []
     for label, columns in rows_.items():
         before, after = (columns.get(b, {}) for b in ("videommmu, question only", "videommmu"))
@@ -299,8 +310,8 @@ def gained_knowledge(rows_):
     return lines
 
 
-def table(argv):
-    """`table RUN... --paper`: Markdown over runs, from their files alone."""
+def table(argv: Sequence[str]) -> str:
+    """Return what `table RUN... --paper` prints: Markdown over runs, from their files alone."""
     parser = argparse.ArgumentParser(prog="evaluate.py table", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", help="folders of runs, or folders of such folders")
     parser.add_argument("--paper", nargs="?", const="2", default="", metavar="TABLES",

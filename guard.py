@@ -1,0 +1,392 @@
+"""The leak guard: what a patch may not give away, and the audit of a run's patches.
+
+    problem = leak(patch, sample, response)    "direct: ..." (the answer), "partial: ..." or ""
+    problem = await blind_leak(patch, sample, guess, known)    the same by a model without the video
+    python guard.py RUN                        leaks, error types, repairs and cost of a run
+
+The paper trusts its prompts to keep answers out of patches (Table 5); the rules here check. Rules
+know English alone: what they cannot know is for the blind test (--blind_test).
+"""
+
+import argparse
+import functools
+import json
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from patch import ERROR_TYPES, FRAMES, SECONDS, Patch, answer_in, plain, render
+
+# --- the rules ------------------------------------------------------------------------------------
+
+_COUNT = (
+    "zero none|one single once|two twice both pair duo couple|three third thrice trio|four fourth"
+    "|five fifth|six sixth|seven seventh|eight eighth|nine ninth|ten tenth|eleven|twelve dozen"
+    "|thirteen|fourteen|fifteen|sixteen|seventeen|eighteen|nineteen"
+)
+NUMBERS = {word: n for n, group in enumerate(_COUNT.split("|")) for word in group.split()}
+TENS = dict(zip("twenty thirty forty fifty sixty seventy eighty ninety".split(), range(20, 99, 10)))
+_SMALL = rf"(?:(?:{'|'.join(TENS)})(?:[ -](?:{'|'.join(NUMBERS)}))?|{'|'.join(NUMBERS)})"
+_NUMBER_WORDS = re.compile(rf"\b{_SMALL}(?: hundred(?:(?: and)? {_SMALL})?)?(?: thousand)?\b")
+_COUNTS_ONE = re.compile(r"(?<!\S)(only|just|exactly|is|but)\s+$")
+_GROUPS = (
+    "red crimson scarlet|blue navy azure|gray grey silver|purple violet|color colour|car automobile"
+    "|bike bicycle|sofa couch|phone smartphone cellphone|tv television|child kid|over above"
+    "|under below beneath underneath|stop halt|metal metallic steel|end last final"
+    "|counterclockwise anticlockwise|right rightward rightwards|left leftward leftwards"
+)
+SAME = {w: group.split()[0] for group in _GROUPS.split("|") for w in group.split()}  # one meaning
+NAMED = {  # what a question may ask for, the stem that says so, its common answers as stems
+    "colour": ("color", "red blue green yellow orang purpl pink brown black white gray gold beig"),
+    "direction": ("direct", "left right up down upward downward clockwis counterclockwise forward"
+                  " backward toward away horizont vertic north south east west"),
+}  # fmt: skip
+EMPTY = set(  # words that tell no answer from another
+    "a an the of to in on at by for from with and or nor is are was were be been being it its he"
+    " she him his her they them their this that these those there then than as because so if no not"
+    " yes do does did has have had will would can could should what which who whom whose when where"
+    " why how into onto out off any all each i you your we our us video clip frame scene object"
+    " thing moment time second way camera event part place option answer man woman person people"
+    " boy girl hand get put turn move come more other same start begin before after".split()
+)
+ADVICE = set(  # advice begins with one of these; any other sentence states something
+    "analyze analyse ask attend avoid be begin check choose compare concentrate consider continue"
+    " count decide determine distinguish do don't draw estimate examine find focus follow give go"
+    " identify ignore inspect judge keep list listen locate look make mark measure note notice"
+    " observe pause pay pick re-examine read recheck recount review revisit rewatch scan search see"
+    " select separate start step stay study subtract take think tick trace track treat try use"
+    " verify view wait watch write zoom".split()
+)
+OPENING = "after at before by during for from if in on once over when while with".split()
+LEAD = "then now also but and so first finally instead rather again next please carefully only"
+NOTE = "(note|notice|see|observe|remember|consider|keep in mind)"
+LEAD = rf"^((?:{LEAD.replace(' ', '|')}),? )*({NOTE} that )?"
+ABOUT_THE_TASK = re.compile(  # statements that are no harm
+    r"(what )?you\b(?! (should|will|can|could|would|must) (see|find|notice|get|spot))|your\b"
+    r"|(part of )?the (question|task|camera|frames?|clip|range|letters|text|view|relevant)\b"
+    r"|the \w+ (lies|can be found)\b|motion blur|.*\b(easy|hard) to (see|miss|overlook)"
+    r"|.*\b(partly \w+|partially \w+|blurred)|.* (matters?|of no use)$"
+)
+_MORE = "(more|less|fewer|smaller|larger|bigger|greater|higher|lower|longer|shorter|later|earlier)"
+_EXTREME = "(many|few|much|high|low|large|big|small|long|short|early|late|far|close|fast|slow)"
+TOLD = {  # what no patch may say, whatever the question
+    "direct: states the answer": r"\b(answer|solution) (is|=|:|(should|must|would) be)\b"
+    r"|\b(correct|right) (answer|option|choice)\b",
+    "direct: names an option": r"\b(option|choice|letter) \(?[a-h]\b|\([a-h]\)|\bpick \(?[b-h]\b",
+    "direct: tells the student what to write": r"\b(ignore|disregard|forget) .*\binstruction"
+    r"|\b(respond|reply|answer|output) (only )?(with|by)\b|\bsystem prompt\b",
+    "partial: compares with the answer given": rf"\btoo {_EXTREME}\b(?! (in|into|back))"
+    rf"|\b(much|far|slightly|even|a lot|\d+) {_MORE}\b|\bat (least|most) \d|\bafter \d+ ?s\b"
+    rf"|\b({_MORE}|faster|slower|closer|often)\b[^.;]* than (you|that|what|before|a|half|\d)"
+    r"|\byou (\w+ )?(missed|forgot|overlooked|skipped|exchanged|swapped|reversed|\w+counted)\b"
+    r"|\b(over|under)-?estimat|\b(double|twice) (the|as)\b|\bhalf (as|of)\b|\bopposite\b"
+    r"|\bother (than|order|way)\b|\badd (a|one|some|another)\b",
+    "partial: rules something out": r"\b(do not|don't) expect\b|\brul(e|es|ing) out\b",
+    "partial: hints by association": r"\b(think of|imagine|reminds?|rhymes|sounds like)\b",
+    "partial: describes the text": r"\b(start|begin|end)(s|ing|ning)? with\b",
+    "partial: points at a single frame": r"\bat \d+(\.\d+)? ?(s|sec|seconds?)\b|\bsecond \d"
+    r"|\bframe #?\d+\b(?! ?(to|and|through|until|,|-|–) ?(frame )?\d)",
+    "partial: states what is to be seen": r", (who|which|whose) (?!of\b)",
+}
+
+
+@functools.cache
+def _stem(word: str) -> str:
+    from nltk.stem.porter import PorterStemmer  # a dependency of rouge-score
+    return PorterStemmer().stem(word)
+
+
+def spelled(text: str) -> str:
+    """Return text in lower case with numbers as digits: "Twenty-four, a dozen" -> "24, a 12".
+
+    A lone "one" stays a word unless it counts ("only one", "there is one"), so does "once more".
+    """
+
+    def value(match):
+        start, end = match.span()
+        counts = _COUNTS_ONE.search(text, max(0, start - 20), start)
+        if match[0] == "one" and not counts or match[0] == "once" and text[end : end + 1].isspace():
+            return match[0]
+        total = 0
+        for word in re.findall("[a-z]+", match[0]):
+            total += NUMBERS.get(word, 0) + TENS.get(word, 0)
+            total *= {"hundred": 100, "thousand": 1000}.get(word, 1)
+        return str(total)
+
+    text = text.lower().replace("’", "'")
+    text = re.sub(r"\b([a-z][- ]){2,}[a-z]\b", lambda m: re.sub("[- ]", "", m[0]), text)  # s-t-o-p
+    text = _NUMBER_WORDS.sub(value, text)
+    text = re.sub(r"\bhalf an? (\d+)", lambda m: f"{int(m[1]) / 2:g}", text)
+    return re.sub(r"\b(\d+) and a half\b", r"\1.5", text)
+
+
+def words(text: str) -> set[str]:
+    """Return the words of a text in a common form: number, inflection and spelling set aside."""
+    text = re.sub(r"\b(\w{3,}?)ish\b", r"\1", spelled(text))  # greenish
+    found = re.findall(r"\d+(?:\.\d+)?|[^\W\d_]+", text)
+    return {SAME.get(w) or SAME.get(_stem(w), _stem(w)) for w in found}
+
+
+def telling(answer: str, known: set[str]) -> set[str]:
+    """Return the words of an answer that tell it apart from others: not empty, not known yet."""
+    found = words(answer) - words("a an the of to it is") - known
+    return found - words(" ".join(EMPTY)) or found
+
+
+def leak(patch: Patch, sample: Any, response: str) -> str:
+    """Return what a patch gives away: "direct: …" (the answer), "partial: …" (some of it) or "".
+
+    Rules on what the student would read.
+    """
+    text = spelled("; ".join([patch.guidance, *patch.temporal_markers]))
+    told = [what for what, pattern in TOLD.items() if re.search(pattern, text)]
+    direct = [what for what in told if what.startswith("direct")]
+    stated = "partial: states what is to be seen" if states(patch.guidance) else ""
+    found = *direct, tells_answer(text, sample, response), _tells_place(patch, sample), *told
+    return next(filter(None, found), stated)
+
+
+def tells_answer(text: str, sample: Any, response: str) -> str:
+    """Look for the gold answer, its number, colours or directions, and for other options."""
+    options = [plain(option, 500) for option in sample.options]
+    options = {o.lstrip("(")[:1].upper(): re.sub(r"^\(?[A-Za-z][.):]\s*", "", o) for o in options}
+    asked, gold = plain(sample.question, 2000), plain(sample.answer, 500)
+    gold, response = options.get(gold.strip("(). ").upper(), gold), response[:20_000]
+    said = answer_in(response)
+    said = options.get(said.strip("(). ").upper()[:1], said)
+    text = re.sub(r"\bright (?=before|after|when|where|at|as\b)", "", FRAMES.sub(" ", text))
+    if not re.search(r"second|when|long|time|duration|minute", asked, re.I):
+        text = SECONDS.sub(" ", text)
+    told, question = words(text), words(asked)
+    shared = set.intersection(*map(words, options.values())) if options else set()
+    named = {o for o in options.values() if telling(o, question | shared) <= told}
+    if gold in named and len(named) < len(options):
+        return "direct: names the answer"
+    if len(options) > 2 and named == set(options.values()) - {gold}:
+        return "direct: leaves one option"
+    if named - {said} and gold not in named:
+        return "partial: names an option"
+    goal, slack = _number(gold), 0.25 if sample.kind == "regression" else 0.001  # of the goal
+    numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", text)]
+    numbers += [number / 100 for number in numbers]  # 280 cm are 2.8 m
+    if goal is not None and any(abs(number - goal) <= slack * abs(goal) for number in numbers):
+        return "direct: names the number"
+    tells = telling(gold, question | shared)
+    hits = (tells - words(said)) & told
+    if hits and len(named) < max(len(options), 1):
+        if len(hits) * 2 >= len(tells):
+            return "direct: names the answer"
+        if len(hits) * 6 > len(tells):
+            return "partial: names a part of the answer"
+    answers = words(gold).union(*map(words, options.values()))
+    new = told - question - shared - words(response)
+    for what, (stem, names) in NAMED.items():
+        names = set(names.split())
+        if new & names and (stem in question or answers & names):
+            return f"partial: names a {what}"
+    return ""
+
+
+def _number(text: str) -> float | None:
+    """Return the number that an answer is, its unit set aside; None where it is none."""
+    match = re.fullmatch(r"\D{0,3}(\d+(?:\.\d+)?)\s*[^\d\W]*\W*", spelled(text).replace(",", ""))
+    return float(match[1]) if match else None
+
+
+def _tells_place(patch: Patch, sample) -> str:
+    """Look for the answer in the key frames (where a time is asked for) or regions (a place)."""
+    times = sample.clip.times if sample.clip else ()
+    if patch.key_frames and len(times) > 1:
+        first, last = patch.key_frames
+        if first == last:
+            return "partial: points at a single frame"
+        number, narrow = _number(sample.answer), last - first + 1 < max(4, len(times) / 4)
+        when = r"^\W*when|what (second|time|moment)|how many seconds"
+        asks = re.search(when, sample.question, re.I)
+        if asks and narrow and number is not None and times[first] <= number <= times[last]:
+            return "direct: the key frames give the time away"
+    place = r"\W*(in |on |at )?(where|which (side|corner|quadrant|half))"
+    small = any((x2 - x1) * (y2 - y1) < 0.4 for x1, y1, x2, y2 in patch.regions)
+    if small and re.match(place, sample.question, re.I):
+        return "direct: the region gives the place away"
+    return ""
+
+
+def states(text: str) -> bool:
+    """Return whether a clause states something about the video where it should give advice."""
+    for clause in re.split(r"(?<=[.;!?:])\s+", text.lower()):
+        clause = re.sub(LEAD, "", clause.strip(" \"'"))
+        heads = re.findall(r"[\w'-]+", clause)
+        pairs = zip(heads[1:10], heads[2:10]) if heads and heads[0] in OPENING else ()
+        advice = any(b in ADVICE and a not in "a an the his her its to".split() for a, b in pairs)
+        advice = advice or len(heads) < 2 or heads[0] in ADVICE or clause.endswith("?")
+        if not advice and not ABOUT_THE_TASK.match(clause.rstrip(".;:!")):
+            return True
+    return False
+
+
+# --- the blind test -------------------------------------------------------------------------------
+
+
+def asked_text(sample: Any) -> str:
+    """Return question and options as bounded text."""
+    options = "".join(f"\n{plain(option, 300)}" for option in sample.options)
+    return f"Question: {plain(sample.question, 4000)}{options}"
+
+
+async def blind_leak(patch: Patch, sample: Any, guess: Callable, known: dict) -> str:
+    """Ask for the answer without the video, with and without the patch; return what it gives away.
+
+    Refused if the patch brings more right answers than guessing and at least half of the k replies
+    more than none brings: a model's habit of saying "yes" is then no leak.
+    guess(text) -> k replies; known: right ones without a patch by sample id, filled in here.
+    """
+    ask = "You cannot see the video. Reply with your answer alone; guess if you must.\n"
+
+    async def right(hint):
+        replies = await guess(ask + asked_text(sample) + hint)
+        return sum(_gives_answer(plain(reply, 200), sample) for reply in replies), len(replies)
+
+    if sample.id not in known:
+        known[sample.id], _ = await right("")
+    hits, k = await right(render(patch, "text"))
+    chance = 1 / len(sample.options) if sample.options else 0.1
+    seen = hits > k * chance and hits - known[sample.id] >= max(1, k / 2)
+    return "blind test: the answer can be told from the patch alone" if seen else ""
+
+
+def _gives_answer(said: str, sample) -> bool:
+    told = tells_answer(spelled(said), sample, "").startswith("direct")
+    return told or said.strip("(). ").upper() == sample.answer.strip("(). ").upper()
+
+
+# --- the audit of a run ---------------------------------------------------------------------------
+
+LEAKS = ("direct", "partial")
+
+
+def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the 95 % Wilson interval of the share k / n."""
+    if n == 0:
+        return 0.0, 1.0
+    middle, spread = k + z * z / 2, z * math.sqrt(k * (n - k) / n + z * z / 4)
+    return max(0.0, (middle - spread) / (n + z * z)), min(1.0, (middle + spread) / (n + z * z))
+
+
+def audit(rows: list[dict], price: str = "") -> dict:
+    """Count a run's diagnoses: how they ended, error types, repairs, leaks, cost.
+
+    Leaks are counted twice: as first submitted by the teacher (what the prompt alone lets through,
+    Table 5), and by the rules of `leak` in the patches that students were shown.
+    """
+
+    def share(k, n):
+        return {"count": k, "of": n, "share": k / n if n else None, "interval": wilson(k, n)}
+
+    def repaired(some):
+        return share(sum(row.get("repaired") is True for row in some), len(some))
+
+    patched = [row for row in rows if row["status"] == "patched"]
+    judged = [row for row in rows if row["status"] in ("patched", "refused")]
+    first = Counter(row["reason"].removeprefix("mended ").split(":")[0] for row in judged)
+    unknown = {"kind": "", "response": "", "clip": None}  # what a row may not say
+    asked = [SimpleNamespace(**unknown | row) for row in patched]
+    leaks = [leak(patch_of(row), sample, sample.response) for row, sample in zip(patched, asked)]
+    shown = Counter(problem.split(":")[0] for problem in leaks)
+    types = {t: [row for row in patched if row["error_type"] == t] for t in ERROR_TYPES}
+    tokens = [sum(row.get(f"{way}_tokens") or 0 for row in rows) for way in ("input", "output")]
+    dollars, n = money([tokens[0], 0, 0, tokens[1]], prices(price)), max(len(patched), 1)
+    why = Counter(row["reason"] for row in rows if row["status"] != "patched")
+    return {
+        "diagnoses": len(rows),
+        "status": dict(Counter(row["status"] for row in rows).most_common()),
+        "reasons": dict(why.most_common()),
+        "error_types": {t: share(len(some), len(patched)) for t, some in types.items()},
+        "repair_rate": {"all": repaired(patched)} | {t: repaired(rs) for t, rs in types.items()},
+        "leaks_submitted": {kind: share(first[kind], len(judged)) for kind in LEAKS},
+        "leaks_shown": {kind: share(shown[kind], len(patched)) for kind in LEAKS},
+        "a_patch": {"input": tokens[0] / n, "output": tokens[1] / n, "dollars": dollars / n},
+    }
+
+
+def prices(text: str) -> tuple[float, float]:
+    """Return dollars per token in and out from "3/15", dollars per million."""
+    if not text:
+        return 0.0, 0.0
+    match = re.fullmatch(r"\s*([\d.]+)\s*/\s*([\d.]+)\s*", text)
+    if not match:
+        raise ValueError(f"--teacher_price is IN/OUT in dollars per million tokens, got {text!r}")
+    return float(match[1]) / 1e6, float(match[2]) / 1e6
+
+
+def money(usage: list, price: tuple[float, float]) -> float:
+    """Return dollars; writing to the prompt cache costs 1.25 of an input token, reading 0.1."""
+    into, write, read, out = usage
+    return (into + 1.25 * write + 0.1 * read) * price[0] + out * price[1]
+
+
+def patch_of(row: dict) -> Patch:
+    """Return the patch in a row of patches.jsonl."""
+    return Patch(**{f.name: row[f.name] for f in fields(Patch) if f.name in row})
+
+
+def print_audit(found: dict) -> None:
+    """Print the counts as a table."""
+    ends = ", ".join(f"{n} {status}" for status, n in found["status"].items())
+    print(f"{found['diagnoses']} diagnoses: {ends}")
+    for title in ("error_types", "repair_rate", "leaks_submitted", "leaks_shown"):
+        print(title.replace("_", " "))
+        for name, numbers in found[title].items():
+            low, high = numbers["interval"]
+            row = f"  {name:<34}{numbers['count']:>6} of {numbers['of']:<6}"
+            row += f"{numbers['share']:>7.1%}   [{low:.1%}, {high:.1%}]" if numbers["of"] else ""
+            print(row)
+    print("not patched because")
+    for reason, n in found["reasons"].items():
+        print(f"  {reason:<34}{n:>6}")
+    print("a patch:", ", ".join(f"{n:.5g} {what}" for what, n in found["a_patch"].items()))
+
+
+def draw(rows: list[dict], count: int, path: Path) -> None:
+    """Write some patches to a file, for reading by hand."""
+    patched = [row for row in rows if row["status"] == "patched"]
+    parts = []
+    for row in random.Random(0).sample(patched, min(count, len(patched))):
+        parts += [f"## step {row['step']}, sample {row['sample']}, slot {row['slot']}"]
+        parts += [row["question"], *row["options"], f"gold: {row['answer']}"]
+        shown = "patch:" + render(patch_of(row), "text")
+        parts += ["response: " + plain(row["response"], 2000), shown]
+        parts += [f"repaired: {row['repaired']}; leak (direct, partial, none): ____"]
+    path.write_text("\n\n".join(parts) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Audit the run that the command line names: print its counts, write them as audit.json."""
+    parser = argparse.ArgumentParser(description="Audit the patches of a run.")
+    parser.add_argument("run", type=Path, help="the run's folder, or its patches.jsonl")
+    parser.add_argument("--price", default="", help="dollars per million tokens, IN/OUT")
+    parser.add_argument("--draw", type=int, default=0, help="write N patches to patches_drawn.md")
+    args = parser.parse_args(argv)
+    path = args.run / "patches.jsonl" if args.run.is_dir() else args.run
+    rows = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        with suppress(ValueError):  # the last line of a killed run
+            rows.append(json.loads(line))
+    found = audit(rows, args.price)
+    print_audit(found)
+    path.with_name("audit.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(f"as JSON: {path.with_name('audit.json')}")
+    if args.draw:
+        draw(rows, args.draw, path.with_name("patches_drawn.md"))
+        print(f"{args.draw} patches to read: {path.with_name('patches_drawn.md')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What only some people need: studies of many runs, and pages to look at them."""
