@@ -12,6 +12,8 @@ import video
 from benchmarks import results
 from benchmarks.questions import CONVENTIONS, knowledge, load, read, score, tally, value, weights
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -13,6 +13,8 @@ from data import Prompts, load_samples
 from runs import read_rows
 from video import Clip, decode
 
+pytestmark = pytest.mark.quick
+
 # ---------------------------------------------------------------------------------------------
 # Samples
 

@@ -13,6 +13,8 @@ import ffr
 from model import Completion
 from tiny import separate_logits, text, tiny_student, video
 
+pytestmark = pytest.mark.quick
+
 RIGHT, WRONG, EOS = 1, 2, 9  # a completion of these ids ends in a right or a wrong answer
 HEADER, LIMITS = text(2), ffr.Sampling(8, 1.0, 0.95, 0.5)
 

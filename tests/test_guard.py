@@ -15,6 +15,8 @@ from guard import leak, spelled, states
 from patch import QUERY_KINDS, WHERE_TO_LOOK, Patch
 from teacher import NEGATIVE
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).resolve().parent.parent
 WRONG = "<think>I see it in frames 5 to 6.</think><answer>B</answer>"
 

@@ -7,6 +7,8 @@ from messages_server import submit
 from patch import (MAX_GUIDANCE, QUERY_KINDS, WHERE_TO_LOOK, Patch, alignment, crop, key_range,
                    parse_patch, patch_images, query_kind, render)
 
+pytestmark = pytest.mark.quick
+
 PATCH = Patch(
     error_type="temporal",
     query_kind="attribute",

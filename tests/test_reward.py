@@ -9,6 +9,8 @@ import pytest
 
 import reward
 
+pytestmark = pytest.mark.quick
+
 COLOURS = ("A. red", "B. blue", "C. green", "D. A man in white")
 FOURTEEN = tuple(f"{letter}. thing {i}" for i, letter in enumerate("ABCDEFGHIJKLMN"))
 
