@@ -197,9 +197,9 @@ def tree_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
     """
     assert query.shape[0] == 1 and tree is not None, "one packed row and its tree"
     q, k, v = query[0], key[0], value[0]
-    if tree.cache is None and tree.store is None and q.is_cuda and q.dtype != torch.float32 and \
-            module.config._attn_implementation == "prefix_tree_varlen":
-        return tree_attention_varlen(q, k, v, scaling, tree)[None], None
+    kernel = KERNELS[module.config._attn_implementation]
+    if kernel and tree.cache is None and tree.store is None:
+        return tree_attention_varlen(q, k, v, scaling, tree, kernel)[None], None
     T_P, B = tree.prefix_tokens, len(tree.prefix_lengths)
     parts = []
     if T_P:
@@ -221,9 +221,8 @@ def tree_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
 
 
 def tree_attention_varlen(q_HTE: Tensor, k_KTE: Tensor, v_KTE: Tensor, scaling: float, tree: Tree,
-                          kernel: Callable | None = None) -> Tensor:
+                          kernel: Callable) -> Tensor:
     """Attend in the same two calls with a variable-length kernel, unpadded; return [T, H, E]."""
-    kernel = kernel or varlen_kernel
     q, k, v = (x.transpose(0, 1) for x in (q_HTE, k_KTE, v_KTE))
     (cu_P, P), (cu_S, S), (cu_L, L), keys = tree.varlen
     T_P = tree.prefix_tokens
@@ -233,19 +232,43 @@ def tree_attention_varlen(q_HTE: Tensor, k_KTE: Tensor, v_KTE: Tensor, scaling: 
     return torch.cat(out)
 
 
-def varlen_kernel(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int,
-                  max_k: int, scale: float) -> Tensor:
-    """Attend within sequences of [T, heads, E], causal (bottom right), by flash-attn or torch."""
-    if flash_attn_varlen_func is not None:
-        return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale,
-                                      causal=True)
-    from torch.nn.attention.varlen import varlen_attn
+def torch_kernel(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int,
+                 max_k: int, scale: float) -> Tensor:
+    """Attend within sequences of [T, heads, E], causal from the bottom right, by torch's kernel."""
+    from torch.nn.attention.varlen import varlen_attn  # CUDA alone needs it
     return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(-1, 0),
                        enable_gqa=q.shape[1] != k.shape[1])
 
 
-AttentionInterface.register("prefix_tree", tree_attention)
-AttentionInterface.register("prefix_tree_varlen", tree_attention)
+def flash_kernel(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int,
+                 max_k: int, scale: float) -> Tensor:
+    """Attend as torch_kernel does, by the flash-attn package."""
+    return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale,
+                                  causal=True)
+
+
+# Scoring's kernel by the name that a model's config holds; sampling is padded in any case.
+KERNELS = {"prefix_tree": None, "prefix_tree_torch": torch_kernel, "prefix_tree_fa2": flash_kernel}
+for name in KERNELS:
+    AttentionInterface.register(name, tree_attention)
+
+
+def attention_names(attention: str, on_cuda: bool, dtype: torch.dtype) -> dict[str, str]:
+    """Return what transformers is to use in text and vision for auto, torch, flash or sdpa.
+
+    auto: the flash-attn package where it is installed, else torch's variable-length kernel; both
+    are for bfloat16 on CUDA, and anything else is padded and goes through scaled_dot_product.
+    """
+    fits, package = on_cuda and dtype != torch.float32, flash_attn_varlen_func is not None
+    if attention == "flash" and not (fits and package):
+        raise ValueError("--attention flash needs CUDA, bfloat16 and the flash-attn package")
+    if attention == "torch" and not fits:
+        raise ValueError("--attention torch needs CUDA and bfloat16")
+    if not fits or attention == "sdpa":
+        return {"text_config": "prefix_tree", "vision_config": "sdpa"}
+    if attention == "torch" or not package:
+        return {"text_config": "prefix_tree_torch", "vision_config": "sdpa"}
+    return {"text_config": "prefix_tree_fa2", "vision_config": "flash_attention_2"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -328,19 +351,16 @@ class Student(nn.Module):
 
         dtype: what is computed in. The weights are kept in fp32 where they are trained or `master`
         asks for it (an average over steps, whose changes are too small for bfloat16).
-        attention: auto | flash | sdpa. recompute: activation checkpointing of every block in
+        attention: see attention_names. recompute: activation checkpointing of every block in
         training. cuda_graphs: of decode steps.
         """
         on_cuda = torch.device(device).type == "cuda"
-        if attention == "flash" and not (on_cuda and flash_attn_varlen_func):
-            raise ValueError("--attention flash needs a CUDA device and the flash-attn package")
-        flash = on_cuda and dtype != torch.float32 and attention != "sdpa"
-        vision = "flash_attention_2" if flash and flash_attn_varlen_func else "sdpa"
-        text = "prefix_tree_varlen" if flash else "prefix_tree"
+        names = attention_names(attention, on_cuda, dtype)
+        if on_cuda:  # its backward can be NaN for masks on Hopper: pytorch issue 196678
+            torch.backends.cuda.enable_cudnn_sdp(False)
         with _no_bars():
-            model = AutoModelForImageTextToText.from_pretrained(
-                path, dtype="auto",
-                attn_implementation={"text_config": text, "vision_config": vision})
+            model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto",
+                                                                attn_implementation=names)
         if recompute:
             recompute_blocks(model)
         model.train(trainable)

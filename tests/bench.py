@@ -49,17 +49,19 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen3VLC
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's flat files
 import ffr
 import tiny
-from model import Student, cuda_graph, flash_attn_varlen_func, mrope, recompute_blocks
+from model import Student, attention_names, cuda_graph, mrope, recompute_blocks
 
 HEADER, PATCH = 5, 75  # tokens of a header, and of the patch before it in a repair
 BETA, TOP_P = 0.04, 0.95
 FORBIDDEN = list(range(tiny.IMAGE, tiny.EOS + 2))  # vision tokens and EOS
 SMALL = (512, 1408, 4, 8, 2, 8192), (160, 432, 3, 4, [2])
 LARGE = 1280, 3420, 32, 16, [7, 15, 23, 31]
-# width, inner width, layers, heads, key heads, vocabulary; the tower's, and its full layers
+QWEN3 = "qwen3", "8b"
+# width, inner width, layers, heads, key heads, vocabulary; the tower's, and its full or deep layers
 MODELS = {
     "cpu": SMALL, "qwen3": SMALL, "3b": ((2048, 11008, 36, 16, 2, 151936), LARGE),
-    "7b": ((3584, 18944, 28, 28, 4, 152064), LARGE)}
+    "7b": ((3584, 18944, 28, 28, 4, 152064), LARGE),
+    "8b": ((4096, 12288, 36, 32, 8, 151936), (1152, 4304, 27, 16, [8, 16, 24]))}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -78,8 +80,9 @@ def make_config(name):
                   out_hidden_size=D, patch_size=14)
     rest = dict(image_token_id=tiny.IMAGE, video_token_id=tiny.VIDEO, vision_end_token_id=tiny.END,
                 vision_start_token_id=tiny.START, tie_word_embeddings=name == "3b")
-    if name == "qwen3":
-        vision |= dict(num_position_embeddings=576, deepstack_visual_indexes=[0, 1])
+    if name in QWEN3:
+        deep = full if name == "8b" else [0, 1]
+        vision |= dict(num_position_embeddings=576, deepstack_visual_indexes=deep)
         return Qwen3VLConfig(text_config=text | {"head_dim": E}, vision_config=vision, **rest)
     vision |= dict(window_size=112, fullatt_block_indexes=full, tokens_per_second=2)
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **rest)
@@ -88,8 +91,8 @@ def make_config(name):
 def make_models(flags):
     """Make Hugging Face's model and our Student on the same parameters, frozen copies, AdamW."""
     device, cuda = torch.device(flags.device), flags.device == "cuda"
-    tree = "prefix_tree_varlen" if cuda else "prefix_tree"
-    attention = "flash_attention_2" if cuda and flash_attn_varlen_func else "sdpa"
+    ours = attention_names("auto", cuda, torch.bfloat16)
+    attention = ours["vision_config"]
     torch.manual_seed(flags.seed)
     with device:
         policy = AutoModelForImageTextToText.from_config(
@@ -105,7 +108,7 @@ def make_models(flags):
     for name in ("", "_ref"):
         model = getattr(models, "usual" + name)
         twin = deepcopy(model, {id(p): p for p in model.parameters()})  # shares the parameters
-        twin.set_attn_implementation({"text_config": tree, "vision_config": attention})
+        twin.set_attn_implementation(ours)
         student = Student(twin, SimpleNamespace(tokenizer=tiny.Tokenizer()), trainable=not name)
         student.to(device).banned = torch.tensor(FORBIDDEN, device=device)
         student.record = cuda_graph if flags.cuda_graphs else None
@@ -119,7 +122,7 @@ def make_prefix(model, P):
 
     The clip is short: under a second, Hugging Face's position rule and the checkpoints' agree.
     """
-    family, side = "qwen3_vl" if model == "qwen3" else "qwen2_5_vl", 2 * math.isqrt((P - 60) // 8)
+    family, side = "qwen3_vl" if model in QWEN3 else "qwen2_5_vl", 2 * math.isqrt((P - 60) // 8)
     without = tiny.video(family, 8, side, side, 0)
     return tiny.video(family, 8, side, side, P - len(without.ids), seconds=0.1)
 

@@ -1,0 +1,560 @@
+"""The CUDA paths proved right, then measured: one card, one call, under eight minutes.
+
+    python tests/gpu.py --out FOLDER                    every section, in this order
+    python tests/gpu.py --out FOLDER --only right,decode
+    python tests/gpu.py --out FOLDER --dry              every section on the CPU, at toy sizes
+
+Every section is a process of its own with a time limit; what it finds it writes at once, so that a
+cut run still leaves what was found. FOLDER/gpu.json holds the card, driver, versions and commit and
+every finding, FOLDER/gpu.md the same as tables for docs/performance.md. Exit code 1 if anything was
+wrong or broke.
+
+It runs on a bare machine with Python 3.12, torch 2.11, transformers 5.17 and numpy. `toy` and
+`evaluate` run train.py and evaluate.py, and need what reading videos and scoring need: av, decord,
+jiwer, rapidfuzz, rouge-score, nltk, absl-py, tqdm, pyarrow (about 60 MB of wheels, fetched before
+by `pip download --no-deps`); where these are missing, both say so and are left out.
+
+Dimensions: T packed tokens, P prefix, S suffix and C completion tokens, H query and K key heads, E
+head width.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's flat files
+import bench
+import ffr
+import model as student_module
+import tiny
+from model import Student, Tree, attention_names, cuda_graph, tree_attention
+
+ROOT = Path(__file__).resolve().parent.parent
+READING = "av decord jiwer rapidfuzz rouge_score nltk absl tqdm pyarrow".split()
+REAL = "3b", "7b", "8b"  # Qwen2.5-VL 3B and 7B, Qwen3-VL 8B: shapes of tests/bench.py
+HEADS = {"3b": (16, 2), "7b": (28, 4), "8b": (32, 8)}  # of queries and of keys, each 128 wide
+
+
+class Findings:
+    """The file that a section writes to, a line as soon as something is found."""
+
+    def __init__(self, folder: Path, section: str):
+        self.path, self.section = folder / f"{section}.jsonl", section
+
+    def __call__(self, what: str, value: object, right: bool | None = None, **more: object) -> None:
+        """Write a finding; `right` says whether it is what it must be, where it can be wrong."""
+        row = {"section": self.section, "what": what, "value": value, "right": right, **more}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"  {what}: {value}" + ("" if right is not False else "   WRONG"), flush=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Right: kernels
+
+
+def plain_tree(q_HTE, k_KTE, v_KTE, tree, scale):
+    """Attend suffix by suffix with matrices of scores, in the inputs' own precision: [T, H, E]."""
+    group = q_HTE.shape[0] // k_KTE.shape[0]
+    k_HTE, v_HTE = (x.repeat_interleave(group, 0) for x in (k_KTE, v_KTE))
+    starts = torch.tensor([0, *tree.prefix_lengths, *tree.suffix_lengths]).cumsum(0).tolist()
+    B, parts = len(tree.prefix_lengths), []
+    for n, (start, end) in enumerate(zip(starts, starts[1:])):
+        own = torch.arange(start, end)
+        keys = own
+        if n >= B:
+            owner = tree.owners[n - B].item()
+            keys = torch.cat([torch.arange(starts[owner], starts[owner + 1]), own])
+        keys, S = keys.to(q_HTE.device), end - start
+        scores = q_HTE[:, start:end] @ k_HTE[:, keys].transpose(1, 2) * scale
+        seen = torch.ones(S, len(keys), dtype=torch.bool, device=q_HTE.device)
+        seen = seen.tril(len(keys) - S)
+        p = scores.masked_fill(~seen, -math.inf).softmax(-1)
+        parts.append((p @ v_HTE[:, keys]).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def outcome(attend, inputs, cotangent):
+    """Return attention's output and the gradients of its inputs, in float64."""
+    inputs = [x.detach().clone().requires_grad_(True) for x in inputs]
+    out = attend(*inputs)
+    out.backward(cotangent.to(out.dtype))
+    return [out.detach().double(), *(x.grad.double() for x in inputs)]
+
+
+def kernels(note: Findings, device: torch.device, dry: bool) -> None:
+    """Hold every way to attend against float64: at most twice the error of plain low precision."""
+    lengths = ([20, 13], [7, 9, 5, 8]) if dry else ([1250, 704], [205, 330, 205, 64])
+    tree, T = Tree(*lengths, [0, 0, 1, 1], device), sum(map(sum, lengths))
+    for name, (H, K) in ({"3b": (4, 2)} if dry else HEADS).items():
+        E, dtype = (16, torch.float32) if dry else (128, torch.bfloat16)
+        torch.manual_seed(0)
+        inputs = [torch.randn(heads, T, E, device=device).to(dtype) for heads in (H, K, K)]
+        compare(note, name, tree, inputs, torch.randn(T, H, E, device=device), E ** -0.5)
+
+
+def compare(note: Findings, name: str, tree: Tree, inputs: list, cotangent: torch.Tensor,
+            scale: float) -> None:
+    """Hold every way to attend over one tree against float64."""
+    cuda = cotangent.is_cuda
+
+    def plain(*x):
+        return plain_tree(*x, tree, scale)
+
+    def ours(implementation):
+        config = SimpleNamespace(_attn_implementation=implementation)
+        module = SimpleNamespace(config=config, layer_idx=0)
+        return lambda *x: tree_attention(module, *(y[None] for y in x), None, scale, tree)[0][0]
+
+    exact = outcome(plain, [x.double() for x in inputs], cotangent)
+    floor = [(x - y).abs().max() for x, y in zip(outcome(plain, inputs, cotangent), exact)]
+    ways = {"padded": "prefix_tree"} | ({"torch": "prefix_tree_torch"} if cuda else {})
+    if student_module.flash_attn_varlen_func:
+        ways["flash"] = "prefix_tree_fa2"
+    for way, implementation in ways.items():
+        for cudnn in (False, True) if cuda and way != "flash" else (False,):
+            if cuda:
+                torch.backends.cuda.enable_cudnn_sdp(cudnn)
+            found = outcome(ours(implementation), inputs, cotangent)
+            worst = max(((x - y).abs().max() / (2 * bound + 1e-5)).item()
+                        for x, y, bound in zip(found, exact, floor))
+            how = f"{way}, cuDNN allowed" if cudnn else way
+            note(f"{name} shapes, {how}: largest error of output and gradients, 1 is allowed",
+                 round(worst, 3), None if cudnn else worst <= 1)  # training never meets cuDNN
+
+
+def trap(note: Findings, device: torch.device, dry: bool) -> None:
+    """Try the known NaN of cuDNN's backward, and see that a loaded student is not exposed to it."""
+    L, half = (192, torch.bfloat16) if not dry else (64, torch.float32)
+    q, k, v = (torch.randn(1, 4, L, 128, device=device, dtype=half) for _ in range(3))
+    q[:], k[:] = 3.5, -3.5  # scores of -139: every row's logsumexp is below -88.7
+    mask = torch.ones(L, L, dtype=torch.bool, device=device).tril()
+    for cudnn in (True, False):
+        if device.type == "cuda":
+            torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        inputs = [x.detach().clone().requires_grad_(True) for x in (q, k, v)]
+        out = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=mask)
+        out.sum().backward()
+        finite = all(bool(x.grad.isfinite().all()) for x in inputs)
+        note(f"gradients with an explicit mask are finite, cuDNN {'on' if cudnn else 'off'}",
+             finite, None if cudnn else finite)
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        with checkpoint(device) as folder:
+            Student.load(folder, device, torch.bfloat16, trainable=False)
+        off = not torch.backends.cuda.cudnn_sdp_enabled()
+        note("cuDNN's attention is off once a student is loaded", off, off)
+
+
+class checkpoint:  # noqa: N801, used as a context like open()
+    """A folder with a random toy student, without the toy world's need for av."""
+
+    def __init__(self, device: torch.device):
+        self.folder = Path(f"/tmp/gpu-checkpoint-{os.getpid()}")
+
+    def __enter__(self) -> str:
+        missing = importlib.util.find_spec("av") is None
+        if missing:  # toy.py writes videos with it; none are written here
+            sys.modules.setdefault("av", SimpleNamespace())
+        import toy
+        toy.save_student(self.folder, 0, pretrained=False)
+        return str(self.folder)
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Right: tokens and log-probs
+
+
+def make_student(name: str, device: torch.device, dtype: torch.dtype, trainable: bool = False,
+                 attention: str = "auto", seed: int = 0) -> Student:
+    """Return a student of random weights in the shapes of tests/bench.py."""
+    names = attention_names(attention, device.type == "cuda", dtype)
+    torch.manual_seed(seed)
+    from transformers import AutoModelForImageTextToText
+    with torch.device(device):
+        made = AutoModelForImageTextToText.from_config(bench.make_config(name), dtype=dtype,
+                                                       attn_implementation=names)
+    with torch.no_grad():
+        for p in made.parameters():
+            if p.ndim > 1:
+                p.normal_(std=p[0].numel() ** -0.5)
+    if trainable:
+        student_module.recompute_blocks(made)
+    student = Student(made.train(trainable), SimpleNamespace(tokenizer=tiny.Tokenizer()), trainable)
+    student.to(device).banned = torch.tensor(bench.FORBIDDEN, device=device)
+    return student
+
+
+def tokens(note: Findings, device: torch.device, dry: bool) -> None:
+    """Hold sampled ids and log-probs against plain loops, the CPU, and scoring in bfloat16."""
+    for name in ("cpu", "qwen3"):  # small shapes of both families
+        rows = [tiny.text(5, seed) for seed in range(4)] + [tiny.text(80, 9)]
+        family(note, name, device, bench.make_prefix(name, 120 if dry else 600), rows,
+               8 if dry else 300)
+
+
+def family(note: Findings, name: str, device: torch.device, prefix: tiny.Segment, suffixes: list,
+           C: int) -> None:
+    """Do what `tokens` says for one family of students."""
+    cuda, owners = device.type == "cuda", [0] * len(suffixes)
+    uniforms = ffr.noise("gpu", len(suffixes), C)
+
+    def sample(student, temperature, record=None):
+        student.record = record
+        return student.sample(student.prefill([prefix]), suffixes, owners, uniforms, C, temperature,
+                              0.95)
+
+    def score(student, completions):
+        return student([prefix], suffixes, owners, [c.ids for c in completions])[0].cpu()
+
+    exact = make_student(name, device, torch.float32)
+    greedy = sample(exact, 0.0)
+    for n in (0, 4):
+        same = plain_greedy(exact, prefix, suffixes[n], 6) == greedy[n].ids[:6].tolist()
+        note(f"{name}, fp32: greedy ids of row {n} equal a plain loop's", same, same)
+    if cuda:
+        same = all(a.ids.equal(b.ids) for a, b in zip(greedy, sample(exact, 0.0, cuda_graph)))
+        note(f"{name}, fp32: greedy ids with CUDA graphs equal those without", same, same)
+        on_cpu = make_student(name, torch.device("cpu"), torch.float32)
+        on_cpu.load_state_dict({key: w.cpu() for key, w in exact.state_dict().items()})
+        gap = (score(exact, greedy) - score(on_cpu, greedy)).abs().max().item()
+        note(f"{name}, fp32: largest difference of log-probs from the CPU's", gap, gap < 1e-3)
+    half = make_student(name, device, torch.bfloat16)
+    for record in (None, cuda_graph) if cuda else (None,):
+        drawn, how = sample(half, 1.0, record), ", CUDA graphs" if record else ""
+        ratio_T = score(half, drawn) - torch.cat([c.logp.cpu() for c in drawn])
+        rows = [part.mean().abs().item() for part in ratio_T.split([len(c.ids) for c in drawn])]
+        gap_T = ratio_T.abs()
+        note(f"{name}, bf16{how}: logp_mismatch, mean and 99th percentile",
+             [gap_T.mean().item(), gap_T.quantile(0.99).item()], gap_T.mean().item() < 0.05)
+        note(f"{name}, bf16{how}: share of tokens outside a clip of 0.2, of rows outside GSPO's",
+             [((ratio_T.exp() - 1).abs() > 0.2).float().mean().item(),
+              sum(row > 4e-4 for row in rows) / len(rows)])
+
+
+@torch.no_grad()
+def plain_greedy(student: Student, prefix: tiny.Segment, suffix: tiny.Segment,
+                 length: int) -> list[int]:
+    """Return the likeliest ids, the whole row computed anew for every one of them."""
+    ids = torch.zeros(0, dtype=torch.long)
+    for _ in range(length):
+        row = student_module._extended(suffix, ids)
+        P_ids, P_positions, ends = student.pack([prefix], [0])
+        S_ids, S_positions, _ = student.pack([row], ends)
+        tree = Tree([len(prefix.ids)], [len(row.ids)], [0], student.device)
+        positions_3T = torch.cat([P_positions, S_positions], 1)
+        hidden_TD = student.hidden(torch.cat([P_ids, S_ids]), positions_3T,
+                                   student.features([prefix]), tree)
+        logits_V = student.logits(hidden_TD[-1:], 0).index_fill(-1, student.banned, -math.inf)
+        ids = torch.cat([ids, logits_V.argmax(-1).cpu()])
+    return ids.tolist()
+
+
+# ---------------------------------------------------------------------------------------------
+# Right: train.py on the toy world
+
+
+def toy_run(note: Findings, device: torch.device, dry: bool) -> None:
+    """Train on the toy world as a user does, kill it, resume it; compare with a straight run."""
+    folder = note.path.parent / "toy"
+    folder.mkdir(parents=True, exist_ok=True)
+    steps = 3 if dry else 30
+    flags = ["--steps", str(steps), "--save_every", "2", "--eval_every", "0"]
+    if dry:
+        import toy
+        toy.make(folder / "world", train=10, heldout=5, warm=10, pretrained=False)
+        world = folder / "world"
+        flags += ["--model", world / "model", "--data", world / "train.json", "--video_root",
+                  world / "videos", "--template", world / "template.txt", "--max_pixels", "3136",
+                  "--max_completion", "8", "--rollouts", "2", "--decode_workers", "1"]
+
+    def command(output, *more):
+        return [sys.executable, str(ROOT / "train.py"), *map(str, flags), "--output", output, *more]
+
+    begin = time.time()
+    straight = subprocess.run(command("straight"), cwd=folder, capture_output=True, text=True)
+    said = (straight.stdout + straight.stderr)[-3000:]
+    note("train.py ends", straight.returncode, straight.returncode == 0, output=said)
+    note("its seconds, world and warm-up included", round(time.time() - begin, 1))
+    rows = read(folder / "straight/metrics.jsonl")
+    for key in ("logp_mismatch", "clip_fraction"):
+        note(f"largest {key}", max(row[key] for row in rows))
+    evals = read(folder / "straight/eval.jsonl")
+    if not dry:
+        before, after = evals[0]["accuracy"], evals[-1]["accuracy"]
+        note(f"held-out accuracy before and after {steps} steps", [before, after], after > before)
+    process = subprocess.Popen(command("killed"), cwd=folder, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, start_new_session=True)
+    while process.poll() is None and len(read(folder / "killed/metrics.jsonl")) < steps - 1:
+        time.sleep(0.05)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    resumed = subprocess.run(command("killed", "--resume"), cwd=folder, capture_output=True,
+                             text=True)
+    note("a killed run resumes", resumed.returncode, resumed.returncode == 0,
+         output=(resumed.stdout + resumed.stderr)[-3000:])
+    timed = {"seconds", "tokens_per_second", "peak_memory_gb"}
+    both = [[{k: v for k, v in row.items() if k not in timed}
+             for row in read(folder / run / "metrics.jsonl")] for run in ("straight", "killed")]
+    note("as many steps as a straight run", len(both[1]), len(both[0]) == len(both[1]))
+    note("equal to the bit to a straight run", both[0] == both[1])
+
+
+def read(path: Path) -> list[dict]:
+    """Return the whole lines of a JSONL file, [] where there is none."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.rpartition("\n")[0].split("\n") if line]
+
+
+# ---------------------------------------------------------------------------------------------
+# Fast
+
+
+def timed(work: Callable, device: torch.device, repeats: int = 3) -> float:
+    """Return the median seconds of a call, after one that is not counted."""
+    laps = []
+    for _ in range(repeats + 1):
+        meter = bench.Meter(device)
+        meter("work", work)
+        laps.append(meter.of["work"])
+    return median(laps[1:])
+
+
+def ceiling(student: Student, T: int) -> dict:
+    """Measure the card: operations a second of a matrix product, bytes a second of a copy."""
+    models = SimpleNamespace(config=student.model.config, device=student.device,
+                             usual=SimpleNamespace(dtype=student.model.dtype))
+    return bench.machine(models, T)
+
+
+def decode(note: Findings, device: torch.device, dry: bool) -> None:
+    """Measure tokens a second of sampling against what the memory's bandwidth allows."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for name in ("cpu",) if dry else REAL:
+        student = make_student(name, device, dtype)
+        prefix, speed = bench.make_prefix(name, 120 if dry else 1250), ceiling(student, 4096)
+        for G, record in ((8, None), (8, cuda_graph), (32, cuda_graph)):
+            if record is None or device.type == "cuda":
+                student.record = record
+                found = rate(student, prefix, G, 6 if dry else 192, speed["bytes"])
+                note(f"{name} shapes, G {G}, P {len(prefix.ids)}{', CUDA graphs' * bool(record)}: "
+                     "tokens a second, share of the bandwidth limit", found)
+        del student  # before the next one is made
+
+
+def rate(student: Student, prefix: tiny.Segment, G: int, C: int, bandwidth: float) -> list[float]:
+    """Return tokens a second of G rows, and their share of what reading all once a step allows."""
+    text, cache = student.model.model.language_model, student.prefill([prefix])
+    uniforms = ffr.noise("decode", G, C)
+
+    def run(length):
+        student.sample(cache, [tiny.text(5)] * G, [0] * G, uniforms[:, :length], length, 1.0, 0.95)
+
+    seconds = timed(lambda: run(C), student.device, 2) - timed(lambda: run(2), student.device, 2)
+    weights = sum(p.numel() * p.element_size()
+                  for p in [*text.layers.parameters(), student.model.lm_head.weight])
+    kept = sum(x.numel() * x.element_size() for x in [*cache.keys, *cache.values])
+    own = kept * G * (C / 2 + 5) / len(prefix.ids)  # of the rows, half full on average
+    found = G * (C - 2) / max(seconds, 1e-9)
+    return [round(found), round(found / (G * bandwidth / (weights + kept + own)), 3)]
+
+
+def update(note: Findings, device: torch.device, dry: bool) -> None:
+    """Measure prefill, a scoring pass and an update as shares of the card's measured peak."""
+    cuda, G, P, C = device.type == "cuda", 8, 120 if dry else 1250, 6 if dry else 400
+    name = "cpu" if dry else "7b"
+    dtype = torch.bfloat16 if cuda else torch.float32
+    student, prefix = make_student(name, device, dtype, trainable=True), bench.make_prefix(name, P)
+    rows = [prefix], [tiny.text(5)] * G, [0] * G, [tiny.words(C, g) for g in range(G)]
+    models = SimpleNamespace(config=student.model.config,
+                             usual=SimpleNamespace(model=student.model.model))
+    P, peak = len(prefix.ids), ceiling(student, P + G * C)["operations"]
+
+    def share(work, operations):
+        seconds = timed(work, device)
+        return [round(seconds, 4), round(operations / seconds / peak, 3)]
+
+    forward = bench.operations(models, prefix, [(P, 0)] + [(5 + C, P)] * G, G * C, 1)
+
+    def scoring():
+        with torch.no_grad():
+            student(*rows)
+
+    def training():
+        student(*rows)[0].mean().backward()
+        student.zero_grad()
+
+    note(f"{name} shapes, prefill of P {P}: seconds, share of the matrix peak",
+         share(lambda: student.prefill([prefix]),
+               bench.operations(models, prefix, [(P, 0)], 0, 1)))
+    note(f"{name} shapes, scoring pass, G {G}, C {C}: seconds, share of the peak",
+         share(scoring, forward))
+    note(f"{name} shapes, forward and backward with recomputation: seconds, MFU",
+         share(training, 3 * forward))
+    if cuda:
+        note("its peak memory in GiB", round(torch.cuda.max_memory_allocated() / 2**30, 1))
+
+
+def steps(note: Findings, device: torch.device, dry: bool) -> None:
+    """Run tests/bench.py: a whole step by phase against the usual way, and memory by phase."""
+    out = note.path.parent / "bench.json"
+    flags = ["--quick", "--threads", "1"] if dry else [
+        "--device", "cuda", "--model", "3b", "--recompute", "--cuda_graphs", "--shapes", "1250x128",
+        "--memory", "1250x128", "--repeats", "2"]
+    ran = subprocess.run([sys.executable, str(ROOT / "tests/bench.py"), *flags, "--json", str(out)],
+                         capture_output=True, text=True)
+    note("tests/bench.py ends", ran.returncode, ran.returncode == 0, output=ran.stderr[-2000:])
+    found = json.loads(out.read_text())
+    for shape, cells in found["table"].items():
+        for row, cell in cells.items():
+            note(f"{shape}: {row}", cell)
+    for shape, ways in found["memory"].items():
+        for way, parts in ways.items():
+            note(f"{shape}: GiB that a part adds at its peak, {way}",
+                 {part: round(size / 2**30, 2) for part, size in parts.items()})
+
+
+def evaluation(note: Findings, device: torch.device, dry: bool) -> None:
+    """Time evaluate.py on a miniature VSI-Bench; tell how much of it is spent reading videos."""
+    import miniature
+    from transformers import AutoModelForImageTextToText
+    folder = note.path.parent / "evaluation"
+    miniature.make(folder)
+    import toy
+    toy.save_student(folder / "student", 0, pretrained=False)
+    if not dry:  # the toy's processor on a 3B's weights
+        config = bench.make_config("3b")
+        for key in ("image_token_id", "video_token_id", "vision_start_token_id",
+                    "vision_end_token_id"):
+            small = json.loads((folder / "student/config.json").read_text())
+            setattr(config, key, small[key])
+        with torch.device(device):
+            made = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+        made.save_pretrained(folder / "student")
+    begin = time.time()
+    ran = subprocess.run(
+        [sys.executable, str(ROOT / "evaluate.py"), "--benchmark", "vsibench", "--data",
+         str(folder / miniature.DATA["vsibench"]), "--video_root", str(folder / "vsibench"),
+         "--model", str(folder / "student"), "--output", str(folder / "run"), "--max_completion",
+         "8" if dry else "256", "--frames", "4" if dry else "16"], capture_output=True, text=True)
+    note("evaluate.py ends", ran.returncode, ran.returncode == 0, output=ran.stderr[-2000:])
+    answers = len(read(folder / "run/answers.jsonl"))
+    note("questions a second, loading included", round(answers / (time.time() - begin), 3))
+
+
+# ---------------------------------------------------------------------------------------------
+# All sections, each in a process of its own
+
+SECTIONS = {  # what to run, seconds it may take, and whether it needs what reads videos
+    "kernels": (kernels, 60, False), "trap": (trap, 45, False), "tokens": (tokens, 75, False),
+    "toy": (toy_run, 110, True), "decode": (decode, 90, False), "update": (update, 60, False),
+    "steps": (steps, 100, False), "evaluate": (evaluation, 60, True)}
+GROUPS = {"right": ("kernels", "trap", "tokens", "toy"),
+          "fast": ("decode", "update", "steps", "evaluate")}
+
+
+def about() -> dict:
+    """Return card, driver, versions and commit."""
+    cuda = torch.cuda.is_available()
+    import transformers
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
+                            capture_output=True).stdout.strip()
+    driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+                            text=True, capture_output=True).stdout.strip() if cuda else ""
+    return {"card": torch.cuda.get_device_name() if cuda else "none", "driver": driver,
+            "cuda": torch.version.cuda, "torch": torch.__version__,
+            "transformers": transformers.__version__, "python": platform.python_version(),
+            "commit": commit, "date": time.strftime("%Y-%m-%d"),
+            "flash_attn": bool(student_module.flash_attn_varlen_func)}
+
+
+def write(folder: Path, rows: list[dict], ended: dict[str, str]) -> None:
+    """Write gpu.json and gpu.md from what was found so far."""
+    found = {"about": about(), "sections": ended, "findings": rows}
+    (folder / "gpu.json").write_text(json.dumps(found, indent=1))
+    lines = [", ".join(f"{key} {value}" for key, value in found["about"].items() if value)]
+    for section, how in ended.items():
+        lines += ["", f"**{section}** ({how})", "", "| what | found | |", "|---|---|---|"]
+        mark = {True: "right", False: "WRONG", None: ""}
+        lines += [f"| {row['what']} | {row['value']} | {mark[row['right']]} |"
+                  for row in rows if row["section"] == section]
+    (folder / "gpu.md").write_text("\n".join(lines) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the sections asked for, or one of them in this process; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--out", type=Path, required=True, help="folder for what is found")
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, or right or fast")
+    parser.add_argument("--dry", action="store_true", help="on the CPU, at toy sizes")
+    parser.add_argument("--section", help=argparse.SUPPRESS)
+    flags = parser.parse_args(argv)
+    flags.out = flags.out.absolute()
+    flags.out.mkdir(parents=True, exist_ok=True)
+    if not flags.dry and not torch.cuda.is_available():
+        parser.error("no CUDA device is here: --dry goes through the sections on the CPU")
+    if flags.section:
+        device = torch.device("cpu" if flags.dry else "cuda:0")
+        SECTIONS[flags.section][0](Findings(flags.out, flags.section), device, flags.dry)
+        return 0
+    names = [n for word in flags.only.split(",") for n in GROUPS.get(word, (word,))]
+    if unknown := set(names) - set(SECTIONS):
+        parser.error(f"--only: no section is called {', '.join(sorted(unknown))}")
+    missing = [name for name in READING if importlib.util.find_spec(name) is None]
+    rows, ended = [], {}
+    for name in names:
+        _, limit, reads = SECTIONS[name]
+        print(f"{name}:", flush=True)
+        (flags.out / f"{name}.jsonl").unlink(missing_ok=True)
+        if reads and missing:
+            ended[name] = f"left out: needs {', '.join(missing)}"
+        else:
+            ended[name] = run_section(name, 600 if flags.dry else limit, flags)
+        rows += read(flags.out / f"{name}.jsonl")
+        write(flags.out, rows, ended)
+        print(f"  {ended[name]}", flush=True)
+    wrong = [row for row in rows if row["right"] is False]
+    broke = [name for name, how in ended.items() if how.startswith(("broke", "cut"))]
+    print(f"{len(rows)} findings, {len(wrong)} wrong, {len(broke)} sections broke: {flags.out}")
+    return 1 if wrong or broke else 0
+
+
+def run_section(name: str, limit: float, flags: argparse.Namespace) -> str:
+    """Run one section as a process; return how it ended."""
+    begin = time.time()
+    with open(flags.out / f"{name}.log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, __file__, "--section", name, "--out", str(flags.out),
+             *["--dry"] * flags.dry], stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return f"cut after {limit:g} s"
+    if code:
+        last = (flags.out / f"{name}.log").read_text(errors="replace").strip().split("\n")[-1]
+        return f"broke, exit code {code}: {last}"
+    return f"{time.time() - begin:.0f} s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
