@@ -198,6 +198,11 @@ END = "[[end of the user's text]]"  # where the rendered chat is split into pref
 TIMESTAMP_TOKENS = 24  # more than Qwen3-VL's "<1234.5 seconds>" and tags for each temporal patch
 
 
+def read_template(path: str) -> str | None:
+    """Return the wording in a file, None for the one above where no file is named."""
+    return Path(path).read_text(encoding="utf-8") if path else None
+
+
 @dataclass
 class Segment:
     """A run of token ids with the pixels that its placeholders stand for.
@@ -259,6 +264,16 @@ class Prompts:
             return text + max_image_pixels // self.factor**2
         tokens = max_pixels // self.factor**2 + TIMESTAMP_TOKENS
         return text + math.ceil(frames / self.temporal) * tokens
+
+    def refuse_long(self, samples: list[Sample], max_prompt: int, *limits: int) -> None:
+        """Raise ValueError with the first sample whose prompt may exceed max_prompt tokens.
+
+        limits: as in prompt_bound.
+        """
+        for sample in samples:
+            bound = self.prompt_bound(sample, *limits)
+            _require(bound <= max_prompt, f"sample {sample.id}: its prompt may take {bound} "
+                     f"tokens, more than --max_prompt {max_prompt}")
 
     def patch(self, text: str, images: Any = ()) -> Segment:
         """Return a text and uint8 images [3, h, w] of any size, to stand before the header."""

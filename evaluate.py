@@ -31,6 +31,8 @@ from tqdm import tqdm
 
 from benchmarks.questions import TITLES, Question, load, read, split_options, value
 from benchmarks.results import Run, digest, merged, read_run, report, table
+from guard import check_money
+from patch import EVIDENCE_LEVELS, alignment, patch_images, render
 from reward import choice, parse_answer
 from runs import (append, claim, end_processes, everyone, flag, leave, parse, rank, read_json,
                   require, require_positive, start_processes, world_size, write_whole)
@@ -61,14 +63,14 @@ class Config:
     batch: int = flag(8, "questions that one process answers together")
     with_patches: str = flag("", "answer failed questions again, with this teacher's patch",
                              ("annotated", "anthropic"))
-    evidence: str = flag("text", "how much of a patch the student sees", ("none", "text", "frames"))
+    evidence: str = flag("text", "how much of a patch the student sees", EVIDENCE_LEVELS)
     teacher_model: str = flag("claude-sonnet-5", "model asked by --with_patches anthropic")
     judge: str = flag("", "model that judges open MMVU answers and TempCompass' captions")
     api_url: str = flag("", "server that speaks the Messages API; empty: Anthropic's")
     api_price: str = flag("", "dollars for a million tokens in and out, as in 3/15")
     api_budget: float = flag(0.0, "dollars after which nothing more is asked; 0: no limit")
-    attention: str = flag("auto", "flash: the flash-attn package; sdpa: torch's own attention",
-                          ("auto", "flash", "sdpa"))
+    attention: str = flag("auto", "kernel of scoring on CUDA; auto: flash-attn's if installed",
+                          ("auto", "torch", "flash", "sdpa"))
     dtype: str = flag("auto", "compute type; auto: bfloat16 on CUDA, float32 elsewhere",
                       ("auto", "bfloat16", "float32"))
     cuda_graphs: bool = flag(False, "answer with CUDA graphs (not yet tried on a GPU)")
@@ -102,8 +104,7 @@ def check(config: Config) -> None:
                             ("question_only", "videommmu")):
         require(not getattr(config, name) or config.benchmark == benchmark,
                 f"--{name} is for --benchmark {benchmark}")
-    require(config.api_price or not config.api_budget,
-            "--api_budget is in dollars and needs --api_price IN/OUT")
+    check_money(config.api_price, config.api_budget, "--api")
     api = config.model.startswith("anthropic:")
     require(not (config.with_patches and (api or config.predictions)),
             "--with_patches needs a student, --model with a checkpoint")
@@ -237,14 +238,11 @@ class Asked:
         self.config = config
         self.student = Student.load(config.model, device, dtype, config.attention, trainable=False,
                                     cuda_graphs=config.cuda_graphs)
-        template = Path(config.template).read_text() if config.template else None
-        self.prompts = data.Prompts(self.student.processor, template)
+        self.prompts = data.Prompts(self.student.processor, data.read_template(config.template))
         self.student.text = self.prompts.text
         self.sampling = ffr.Sampling(config.max_completion, config.temperature, config.top_p, 0.5)
-        for q in questions:
-            bound = self.prompts.prompt_bound(sample_of(q), config.frames, config.max_pixels)
-            require(bound <= config.max_prompt, f"sample {q.id}: its prompt may take {bound} "
-                    f"tokens, more than --max_prompt {config.max_prompt}")
+        self.prompts.refuse_long([sample_of(q) for q in questions], config.max_prompt,
+                                 config.frames, config.max_pixels)
         self.loader = make_loader(config, self.prompts.factor)
 
     def answer(self, questions: list[Question], write: Callable) -> None:
@@ -263,7 +261,6 @@ class Asked:
     def repair(self, guide: Any, questions: list[Question], answers: dict, write: Callable) -> None:
         """Answer each again with the teacher's (guide's) patch to its answer; an upper bound."""
         import ffr
-        from patch import alignment
         config, key = self.config, f"{self.config.seed}/evaluate"
         for part in decoded(self.loader, questions, config.batch, lambda q, error: None):
             asked = [guide.submit(sample, answers[q.id]["text"]) for q, sample in part]
@@ -281,7 +278,6 @@ class Asked:
 
     def write_patch(self, sample: Any, patch: Any) -> Any:
         """Return a patch as the segment between question and completion."""
-        from patch import patch_images, render
         images = patch_images(patch, sample.clip.frames, self.config.evidence)
         return self.prompts.suffix(render(patch, self.config.evidence), images)
 
@@ -295,7 +291,8 @@ def teacher_of(config: Config) -> Any:
     """Return the teacher of --with_patches."""
     from teacher import TeacherConfig, make_teacher
     return make_teacher(config.with_patches, TeacherConfig(
-        who="--with_patches anthropic", url=config.api_url, model=config.teacher_model,
+        who="--with_patches anthropic", url_flag="--api_url", url=config.api_url,
+        model=config.teacher_model,
         cache=api_cache(config), price=config.api_price, budget=config.api_budget), ping=False)
 
 
@@ -340,7 +337,7 @@ class Asker:
         if config.api_url:
             self.settings["extra_body"] = {"temperature": config.temperature, "top_p": config.top_p}
         self.api = Messages(who, config.api_url, timeout=180.0, cache=api_cache(config),
-                            price=config.api_price, budget=config.api_budget)
+                            price=config.api_price, budget=config.api_budget, url_flag="--api_url")
 
     def ask(self, content: list[dict], max_tokens: int) -> tuple[str | None, str | int]:
         """Return (text, output tokens), or (None, reason) where this one request failed."""
@@ -360,7 +357,7 @@ def answer_by_api(config: Config, questions: list[Question], write: Callable) ->
     import data
     from video import jpeg
     client = Asker(config, config.model.partition(":")[2], "--model anthropic:")
-    template = Path(config.template).read_text() if config.template else data.TEMPLATE
+    template = data.read_template(config.template) or data.TEMPLATE
 
     def ask(pair):
         q, sample = pair
@@ -376,7 +373,7 @@ def answer_by_api(config: Config, questions: list[Question], write: Callable) ->
         return client.ask(content, config.max_completion)
 
     loader, failures = make_loader(config, 28), []
-    with closing(client), closing(loader), ThreadPoolExecutor(REQUESTS) as pool:
+    with closing(loader), ThreadPoolExecutor(REQUESTS) as pool, closing(client):
         for part in decoded(loader, questions, REQUESTS, write):
             for (q, _), (text, more) in zip(part, pool.map(ask, part)):
                 if text is None:
@@ -399,7 +396,7 @@ def judge(config: Config, questions: list[Question], answers: dict, known: dict,
         text = form.format(question=question, answer=q.answer, said=said)
         return client.ask([{"type": "text", "text": text}], 20)
 
-    with closing(client), ThreadPoolExecutor(REQUESTS) as pool:
+    with ThreadPoolExecutor(REQUESTS) as pool, closing(client):
         for q, (reply, reason) in zip(open_ones, pool.map(ask, open_ones)):
             if reply is None:
                 failures.append(reason)

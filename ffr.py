@@ -86,8 +86,7 @@ class Sampling:
 def noise(key: str, rows: int, length: int) -> Tensor:
     """Draw uniform numbers [rows, length] that depend on nothing but `key`.
 
-    The same seed, step and prompt give the same rollouts on any number of processes, in any batch,
-    after any resume.
+    So rollouts are the same on any number of processes, in any batch, after any resume.
     """
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
     return torch.rand(rows, length, generator=torch.Generator().manual_seed(seed))
@@ -100,7 +99,9 @@ def step(student: Any, reference: Any, groups: list[Group], header: Any, score: 
     """Take one step on one process, in the paper's order; return the loss, leave its gradient.
 
     train.py goes the same way through the same functions, with several processes, clocks and the
-    hooks of other methods in between.
+    hooks of other methods in between. reference: π_ref, None for no KL; groups: one for each
+    prompt, still empty; header: the segment before a completion; epsilon, beta: ε and β; the
+    collaborators score, diagnose, write and align are described where they are used.
     """
     cache = student.prefill([group.prefix for group in groups])
     find(student, cache, groups, header, score, diagnose, key, rollouts, sampling)  # Eq. 3, Eq. 4
@@ -154,7 +155,7 @@ def find(student: Any, cache: Any, groups: list[Group], header: Any, score: Call
 
 
 def ask(sample: Any, slot: Slot, diagnose: Callable | None) -> None:
-    """Ask the teacher about a failed try, z_i = 0, once and without waiting."""
+    """Ask the teacher about a failed try, z_i = 0, once and without waiting  (Eq. 5)."""
     if diagnose is not None and slot.diagnosis is None and not slot.first.correct:
         slot.diagnosis = diagnose(sample, slot.first.text)
 
@@ -162,8 +163,8 @@ def ask(sample: Any, slot: Slot, diagnose: Callable | None) -> None:
 def fix(groups: list[Group], diagnose: Callable | None) -> None:
     """Get (e_i, c_i) = T(x, y, τ_i) for every failed try, z_i = 0  (Eq. 5).
 
-    `find` has asked for most of them already, as the tries ended; what is left is asked for here,
-    then all patches are waited for. A slot without a usable patch keeps None.
+    `find` has asked already, as the tries ended, where it was given `diagnose`; what is left is
+    asked for here, then all patches are waited for. A slot without a usable patch keeps None.
     diagnose(sample, text) -> future of a diagnosis (with .patch); None where nobody teaches.
     """
     slots = [(group.sample, slot) for group in groups for slot in group.slots]

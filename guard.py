@@ -16,7 +16,6 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -248,10 +247,10 @@ async def blind_leak(patch: Patch, sample: Any, guess: Callable, known: dict) ->
     more than none brings: a model's habit of saying "yes" is then no leak.
     guess(text) -> k replies; known: right ones without a patch by sample id, filled in here.
     """
-    ask = "You cannot see the video. Reply with your answer alone; guess if you must.\n"
+    prompt = "You cannot see the video. Reply with your answer alone; guess if you must.\n"
 
     async def right(hint):
-        replies = await guess(ask + asked_text(sample) + hint)
+        replies = await guess(prompt + asked_text(sample) + hint)
         return sum(_gives_answer(plain(reply, 200), sample) for reply in replies), len(replies)
 
     if sample.id not in known:
@@ -316,14 +315,21 @@ def audit(rows: list[dict], price: str = "") -> dict:
     }
 
 
-def prices(text: str) -> tuple[float, float]:
+def prices(text: str, flag: str = "--price") -> tuple[float, float]:
     """Return dollars per token in and out from "3/15", dollars per million."""
     if not text:
         return 0.0, 0.0
-    match = re.fullmatch(r"\s*([\d.]+)\s*/\s*([\d.]+)\s*", text)
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*/\s*(\d+\.?\d*|\.\d+)\s*", text)
     if not match:
-        raise ValueError(f"--teacher_price is IN/OUT in dollars per million tokens, got {text!r}")
+        raise ValueError(f"{flag} is IN/OUT in dollars for a million tokens, as 3/15, not {text!r}")
     return float(match[1]) / 1e6, float(match[2]) / 1e6
+
+
+def check_money(price: str, budget: float, flags: str) -> None:
+    """Refuse a price that cannot be read and a budget without one; flags: --teacher or --api."""
+    prices(price, f"{flags}_price")
+    if budget and not price:
+        raise ValueError(f"{flags}_budget is in dollars and needs {flags}_price IN/OUT")
 
 
 def money(usage: list, price: tuple[float, float]) -> float:
@@ -371,14 +377,13 @@ def main(argv: list[str] | None = None) -> None:
     """Audit the run that the command line names: print its counts, write them as audit.json."""
     parser = argparse.ArgumentParser(description="Audit the patches of a run.")
     parser.add_argument("run", type=Path, help="the run's folder, or its patches.jsonl")
-    parser.add_argument("--price", default="", help="dollars per million tokens, IN/OUT")
-    parser.add_argument("--draw", type=int, default=0, help="write N patches to patches_drawn.md")
+    parser.add_argument("--price", default="", help="dollars for a million tokens in and out, 3/15")
+    parser.add_argument("--draw", type=int, default=0, metavar="N",
+                        help="write N patches to patches_drawn.md, to be read by hand")
     args = parser.parse_args(argv)
     path = args.run / "patches.jsonl" if args.run.is_dir() else args.run
-    rows = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        with suppress(ValueError):  # the last line of a killed run
-            rows.append(json.loads(line))
+    whole = path.read_bytes().rpartition(b"\n")[0]  # the last line of a killed run is torn
+    rows = [json.loads(line) for line in whole.split(b"\n") if line]
     found = audit(rows, args.price)
     print_audit(found)
     path.with_name("audit.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -13,12 +13,13 @@ import difflib
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -75,7 +76,7 @@ def changed(config: Any) -> str:
     """Return the flags that are not at their defaults, as one would type them."""
     values = {f.name: getattr(config, f.name) for f in fields(config)
               if getattr(config, f.name) != f.default}
-    return " ".join(f"--{name}" if value is True else f"--{name} {value}"
+    return " ".join(f"--{name}" if value is True else f"--{name} {shlex.quote(str(value))}"
                     for name, value in values.items())
 
 
@@ -90,7 +91,7 @@ def rank() -> int:
 
 def world_size() -> int:
     """Return how many processes torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
 
 
 def everyone(value: Any) -> list:
@@ -148,16 +149,14 @@ def say(text: str) -> None:
 
 def leave(command: str, error: Any, code: int = 1) -> None:
     """End the process with one sentence; of several that would say the same, one says it."""
-    sentence = f"{command}: {error}"
+    sentence, first = f"{command}: {error}", True
     if _store:
-        try:
+        with suppress(RuntimeError):  # the process that kept the store may be gone
             first = _store[0].add(sentence, 1) == 1
-        except RuntimeError:  # the process that kept the store is gone
-            first = True
-    else:
-        first = rank() == 0  # before they met, all find the same faults
+    elif rank() > 0:
+        time.sleep(10)  # the first process says it; then torchrun ends this one
     if first:
-        print(sentence, file=sys.stderr)
+        print(sentence, file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -218,32 +217,44 @@ def peak_memory(device: Any) -> float:
 # ---------------------------------------------------------------------------------------------
 # JSON files
 
+LINE_SEPARATORS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}  # for str.splitlines
+
 
 def append(path: str | Path, row: dict) -> None:
     """Add one object to a JSONL file; several processes may do so at once."""
     with open(path, "ab", buffering=0) as file:
-        file.write(json.dumps(row).encode() + b"\n")
+        file.write(json_line(row))
+
+
+def json_line(row: dict) -> bytes:
+    """Return an object as one line, whatever its texts hold: half characters, line separators."""
+    text = json.dumps(row, ensure_ascii=False).translate(LINE_SEPARATORS)
+    return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
 def read_log(path: str | Path) -> list[dict]:
     """Return the objects of a JSONL file that a run wrote, [] where there is no file.
 
-    A last line that a kill has torn is left out; ValueError where any other is damaged.
+    A last line without its end, which a kill has torn, is left out; ValueError where another is
+    damaged.
     """
-    text = Path(path).read_text(encoding="utf-8") if Path(path).exists() else ""
-    lines = text.rpartition("\n")[0].split("\n")
-    return [parse_json(line, f"{path}, line {n},") for n, line in enumerate(lines, 1) if line]
+    return [parse_json(line, f"{path}, line {n},") for n, line in enumerate(_whole_lines(path), 1)]
+
+
+def _whole_lines(path):
+    data = Path(path).read_bytes() if Path(path).exists() else b""
+    return data[:data.rfind(b"\n") + 1].decode("utf-8").split("\n")[:-1]
 
 
 def cut(path: Path, last: int) -> None:
     """Drop a log's lines of steps after `last`, and a last line that was torn by a kill."""
     if path.exists():
-        kept = [json.dumps(row) + "\n" for row in read_log(path) if row["step"] <= last]
-        write_whole(path, "".join(kept))
+        rows = zip(_whole_lines(path), read_log(path))
+        write_whole(path, "".join(line + "\n" for line, row in rows if row["step"] <= last))
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is complete under its name, or absent."""
+    """Write a file that is complete under its name, or absent; one process at a time may do so."""
     partial = path.with_suffix(".partial")
     partial.write_text(text, encoding="utf-8")
     partial.rename(path)

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from guard import asked_text, blind_leak, leak, money, prices, words
+from guard import asked_text, blind_leak, check_money, leak, money, prices, words
 from patch import (ANSWER, ERROR_TYPES, QUERY_KINDS, Patch, alignment, answer_in, crop,
                    parse_index, parse_number, parse_patch, parse_region, patch_from_evidence,
                    places, plain)
@@ -52,7 +52,7 @@ ENDS = {"patched": "patched", "refused": "leaks", "failed": "failures", "budget"
 
 
 class Teacher:
-    """What the training loop asks of a teacher: `diagnose_full`, and here the rest.
+    """What every teacher does for the training loop; `diagnose_full` is each one's own.
 
     calls = patched + answered + leaks + failures + over_budget, where leaks counts refused
     diagnoses and answered what `ask` brought.
@@ -286,7 +286,7 @@ def _image(data: str) -> dict:
 # --- the Messages API -----------------------------------------------------------------------------
 
 
-class BudgetSpentError(Exception):
+class BudgetSpentError(ValueError):
     """What may be paid is paid."""
 
 
@@ -301,28 +301,27 @@ def api_key(who: str) -> str:
 class Messages:
     """The one client of the Messages API: retries, a cache of answers, accounts, a budget.
 
-    who: the flag that asks for it, for messages. url: of any server that speaks the Messages API,
-    "" for Anthropic's. timeout: seconds for one request, each of its `retries` included. cache:
-    folder of answers paid for, which processes and runs may share. price: dollars for a million
-    tokens, "in/out"; budget: dollars over all that share the cache, 0 for no limit. count(**n) is
-    told what is to be counted. Requests run on one event loop in a thread of its own.
+    who, url_flag: the flags that ask for it, for messages. url: of any server that speaks the
+    Messages API, "" for Anthropic's. timeout: seconds for one try of a request. cache: folder of
+    answers paid for, which processes and runs may share. price: dollars for a million tokens,
+    "in/out"; budget: dollars over all that share the cache, 0 for no limit. count(**n) is told what
+    is to be counted. Requests run on one event loop in a thread of its own.
     """
 
     def __init__(self, who: str, url: str = "", timeout: float = 120.0, retries: int = 4,
                  cache: str = "", price: str = "", budget: float = 0.0,
-                 count: Callable = lambda **numbers: None):
+                 count: Callable = lambda **numbers: None, url_flag: str = "--teacher_url"):
         import anthropic  # slow to import, and runs without a service do not need it
-        self.who, self.url, self.budget, self.count = who, url, budget, count
-        self._key, self._price = api_key(who), prices(price)
-        if budget and not price:
-            raise ValueError(f"{who}: a budget is in dollars and needs a price, IN/OUT")
+        check_money(price, budget, url_flag.removesuffix("_url"))
+        self.who, self.url, self.url_flag, self.budget = who, url, url_flag, budget
+        self.count, self._key, self._price = count, api_key(who), prices(price)
         base = re.sub(r"/v1/?$", "", url) or None
         self._client = anthropic.AsyncAnthropic(api_key=self._key, base_url=base,
                                                 max_retries=retries, timeout=timeout)
         self._folder = Path(cache) if cache else None
         if self._folder:
             self._folder.mkdir(parents=True, exist_ok=True)
-        self._spent, self._spent_read, self._told_spent = 0.0, 0, False
+        self._spent, self._spent_read, self._told = 0.0, 0, set()
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True, name="teacher").start()
 
@@ -359,24 +358,30 @@ class Messages:
         else:
             self._check_budget()
             answer = await self.request(body)
-            if path:
-                aside = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
-                aside.write_text(json.dumps(answer))
-                os.replace(aside, path)
-            self._charge(answer["usage"])
+            try:
+                self._charge(answer["usage"])
+                if path:
+                    aside = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+                    aside.write_text(json.dumps(answer))
+                    os.replace(aside, path)
+            except OSError as error:
+                self.say_once(f"answers cannot be kept in {self._folder}: {error.strerror}")
         usage[0] += sum(answer["usage"][:3])
         usage[1] += answer["usage"][3]
         return answer
 
-    async def request(self, body: dict, **limits: Any) -> dict:
+    async def request(self, body: dict, retries: int | None = None,
+                      timeout: float | None = None) -> dict:
         """Return {"content": blocks, "usage": [input, cache write, cache read, output tokens]}.
 
         The SDK retries (408, 409, 429, 5xx, lost connections) with backoff, jitter and retry-after;
         the raw body is read here because the SDK builds whatever a server sends without a check.
-        limits: max_retries and timeout where they are other than the client's.
+        retries, timeout: where they are other than the client's.
         """
         self.count(requests=1)
-        client = self._client.with_options(**limits) if limits else self._client
+        client = self._client
+        if retries is not None:
+            client = client.with_options(max_retries=retries, timeout=timeout)
         raw = await client.messages.with_raw_response.create(**body)
         self.count(retries=raw.retries_taken)
         data = await raw.read()
@@ -398,28 +403,35 @@ class Messages:
         dollars = money(usage, self._price)
         self.count(input_tokens=into + write + read, cache_write_tokens=write,
                    cache_read_tokens=read, output_tokens=out, dollars=dollars)
-        if self._folder:
+        if not self._folder:
+            self._spent += dollars
+            return
+        try:
             with open(self._folder / "spent.txt", "a") as file:
                 file.write(f"{dollars!r}\n")
-        else:
+        except OSError:  # then this process alone knows
             self._spent += dollars
+            raise
 
     def _check_budget(self) -> None:
         """Raise BudgetSpentError when all that share the cache have paid what may be paid."""
         if not self.budget:
             return
-        if self._folder:
-            with open(self._folder / "spent.txt", "a+b") as file:
+        if self._folder and (self._folder / "spent.txt").exists():
+            with open(self._folder / "spent.txt", "rb") as file:
                 file.seek(self._spent_read)
                 lines = file.read().rpartition(b"\n")[0]  # the last one may be half written
             self._spent_read += len(lines)
             self._spent += sum(map(float, lines.split()))
         if self._spent >= self.budget:
-            if not self._told_spent:
-                print(f"{self.who}: the budget of ${self.budget:g} is spent: nothing more is "
-                      "asked, and the run goes on without", file=sys.stderr)
-            self._told_spent = True
-            raise BudgetSpentError("budget spent")
+            flag = self.url_flag.replace("url", "budget")
+            raise BudgetSpentError(f"{self.who}: the budget of ${self.budget:g} is spent ({flag})")
+
+    def say_once(self, text: str) -> None:
+        """Say on the console what has gone wrong, the first time only."""
+        if text not in self._told:
+            self._told.add(text)
+            print(text if text.startswith(self.who) else f"{self.who}: {text}", file=sys.stderr)
 
     def _redacted(self, text: str) -> str:
         """Take the key out of a text; a short one is a made-up word for a server without keys."""
@@ -435,24 +447,27 @@ class Messages:
         where = self.url or "the Anthropic API"
         advice = "cannot be used now: try again later"
         if isinstance(error, anthropic.APIConnectionError):
-            advice = "gives no answer: is the server running, and its url right?"
+            advice = f"gives no answer: is the server running, and {self.url_flag} right?"
         elif isinstance(error, (anthropic.AuthenticationError, anthropic.PermissionDeniedError)):
             advice = "refuses the key: set ANTHROPIC_API_KEY"
         elif isinstance(error, anthropic.NotFoundError):
-            advice = f"knows no model {model}: check its name and the url"
+            advice = f"knows no model {model}: check its name and {self.url_flag}"
         elif isinstance(error, anthropic.BadRequestError):
-            advice = "refuses a setting: see thinking and temperature in TeacherConfig"
+            advice = "refuses a setting: see thinking and temperature in teacher.py"
         return f"{self.who}: {where} {advice} ({self.clean(f'{type(error).__name__}: {error}')})"
 
     def ask(self, body: dict, tag: int = 0) -> tuple[str | None, str | int]:
         """Return (text, output tokens), or (None, reason) where this one request failed.
 
-        Waits for the answer. ValueError where every request would fail: a wrong key or model.
+        Waits for the answer. ValueError where every request would fail: a wrong key or model, a
+        budget that is spent.
         """
         import anthropic
         usage = [0, 0]
         try:
             answer = self.run(self.call(body, usage, tag)).result()
+        except BudgetSpentError:
+            raise
         except (anthropic.AuthenticationError, anthropic.PermissionDeniedError,
                 anthropic.NotFoundError) as error:
             raise ValueError(self.advice(error, body["model"])) from None
@@ -469,7 +484,8 @@ class Messages:
 class TeacherConfig:
     """Everything about the service teacher but its key, which only the environment holds."""
 
-    who: str = "--teacher anthropic"  # the flag that asks for it, for messages
+    who: str = "--teacher anthropic"  # the flags that ask for it, for messages
+    url_flag: str = "--teacher_url"
     url: str = ""  # of any server that speaks the Messages API; "" for Anthropic's
     model: str = "claude-sonnet-5"
     rounds: int = 4  # answers of the teacher until it has to submit
@@ -504,8 +520,8 @@ class Service(Teacher):
         super().__init__()
         self.config = config
         self.api = Messages(config.who, config.url, config.timeout, config.retries, config.cache,
-                            config.price, config.budget, self._count)
-        words("")  # its import is slow, so not in the first diagnosis
+                            config.price, config.budget, self._count, config.url_flag)
+        words("stems")  # their import is slow, so not in the first diagnosis
         self._places = asyncio.Semaphore(config.concurrency)
         self._running, self._shown, self._guesses = {}, OrderedDict(), {}
         self._step_end = math.inf
@@ -528,7 +544,7 @@ class Service(Teacher):
         messages = [{"role": "user", "content": [image, text]}]
         body = self._body(messages, forced=True)
         try:
-            answer = self.api.run(self.api.request(body, max_retries=1, timeout=30.0)).result()
+            answer = self.api.run(self.api.request(body, retries=1, timeout=30.0)).result()
         except Exception as error:  # the error could quote the key
             raise ValueError(self.api.advice(error, self.config.model)) from None
         if not any(block["type"] == "tool_use" for block in answer["content"]):
@@ -562,7 +578,8 @@ class Service(Teacher):
                     diagnosis = await self._converse(sample, response, usage)
         except TimeoutError:
             diagnosis = Diagnosis(None, "failed", "time limit")
-        except BudgetSpentError:
+        except BudgetSpentError as error:
+            self.api.say_once(f"{error}: it goes on without patches")
             diagnosis = Diagnosis(None, "budget", "budget spent")
         except Exception as error:
             reason = self.api.clean(f"{type(error).__name__}: {error}")

@@ -305,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     """Make a world by the command line's flags."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", help="where the world goes")
-    for name, default, text in (("seed", 0, "of everything random"),
+    for name, default, text in (("seed", 0, "seed of everything random"),
                                 ("train", 480, "questions to train on"),
                                 ("heldout", 200, "questions to test on"),
                                 ("warm", 2000, "questions with traces")):
@@ -314,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--guessed", type=float, default=GUESSED,
                         help=f"share of guesses in warm.json (default: {GUESSED})")
     parser.add_argument("--random", dest="pretrained", action="store_false",
-                        help="random weights, to pretrain anew")
+                        help="give the student random weights, to pretrain it anew")
     make(**vars(parser.parse_args(argv)))
 
 

@@ -27,6 +27,7 @@ import methods
 import reward
 import toy
 from data import Sample
+from guard import check_money
 from model import Student
 from patch import EVIDENCE_LEVELS, Patch, alignment, patch_images, render
 from runs import (Phases, Stopper, append, changed, claim, end_processes, everyone, flag, leave,
@@ -101,7 +102,7 @@ class Config:
     sd_horizon: int = flag(0, "steps until λ is 0; 0: 60 for rlsd, 600 for visd and ffr_visd")
     sd_clip: float = flag(0.2, "rlsd, visd, ffr_visd: largest change of a token's credit")
     sd_sync: int = flag(20, "rlsd: steps between copies of the policy")
-    sd_ema: float = flag(0.01, "visd: what the copy takes of the policy each step")
+    sd_ema: float = flag(0.01, "visd: share of the policy that the copy takes on each step")
     sd_topk: int = flag(16, "visd: tokens of the support; 0: the sampled token alone")
     # optimisation
     lr: float = flag(5e-6, "peak learning rate; a cosine takes it to zero")
@@ -119,8 +120,8 @@ class Config:
     save_every: int = flag(100, "steps between checkpoints")
     keep_checkpoints: int = flag(2, "how many of the newest checkpoints are kept")
     resume: bool = flag(False, "go on from the newest checkpoint of --output")
-    attention: str = flag("auto", "flash: the flash-attn package; sdpa: torch's own attention",
-                          ("auto", "flash", "sdpa"))
+    attention: str = flag("auto", "kernel of scoring on CUDA; auto: flash-attn's if installed",
+                          ("auto", "torch", "flash", "sdpa"))
     dtype: str = flag("auto", "compute type; auto: bfloat16 on CUDA, float32 elsewhere",
                       ("auto", "bfloat16", "float32"))
     cuda_graphs: bool = flag(False, "sample with CUDA graphs (not yet tried on a GPU)")
@@ -161,8 +162,7 @@ def check(config: Config) -> None:
             "--sd_ema are shares between 0 and 1")
     require(min(config.dynamic_sampling, config.sd_horizon, config.sd_topk) >= 0,
             "--dynamic_sampling, --sd_horizon and --sd_topk must not be negative")
-    require(config.teacher_price or not config.teacher_budget,
-            "--teacher_budget is in dollars and needs --teacher_price IN/OUT")
+    check_money(config.teacher_price, config.teacher_budget, "--teacher")
     require(set(config.teacher_prompt.split(",")) <= {"analysis", "negative", "tools", ""},
             "--teacher_prompt is a list of analysis, negative and tools")
 
@@ -193,7 +193,7 @@ class Run:
             max_image_pixels=config.max_image_pixels, workers=config.decode_workers,
             time_limit=config.decode_seconds,
             cache=FrameCache(config.frame_cache or self.output / "frames",
-                                  int(config.frame_cache_gb * 2**30)))
+                             int(config.frame_cache_gb * 2**30)))
         self.sampling = ffr.Sampling(config.max_completion, config.temperature, config.top_p,
                                      config.pass_mark)
         per_step = config.batch_prompts * world_size()
@@ -246,14 +246,10 @@ class Run:
         compared = config.beta > 0 and self.method.compares
         self.reference = load(trainable=False) if compared else None
         self.method.start(load)
-        template = Path(config.template).read_text() if config.template else None
-        self.prompts = data.Prompts(self.student.processor, template)
+        self.prompts = data.Prompts(self.student.processor, data.read_template(config.template))
         self.student.text = self.prompts.text
-        for sample in [*self.samples, *self.eval_samples]:
-            bound = self.prompts.prompt_bound(sample, config.frames, config.max_pixels,
-                                              config.max_image_pixels)
-            require(bound <= config.max_prompt, f"sample {sample.id}: its prompt may take {bound} "
-                    f"tokens, more than --max_prompt {config.max_prompt}")
+        self.prompts.refuse_long([*self.samples, *self.eval_samples], config.max_prompt,
+                                 config.frames, config.max_pixels, config.max_image_pixels)
         self.optimizer = make_optimizer(self.student, config)
 
     # -- data

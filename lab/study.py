@@ -311,12 +311,16 @@ def main(argv: list[str] | None = None) -> None:
     names = [name for name, *_ in CONDITIONS]
     parser = argparse.ArgumentParser(prog="python -m lab.study",
                                      description=__doc__.split("\n\n")[0])
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (cores)")
-    parser.add_argument("--seeds", default="0,1,2", help="of data order and rollouts")
-    parser.add_argument("--guessed", default=",".join(STARTS), help="starts: shares of guesses")
-    parser.add_argument("--only", default=",".join(names), help=f"of {', '.join(names)}")
-    parser.add_argument("--output", type=Path, default=Path("runs/study"), help="of all runs")
-    parser.add_argument("--report", action="store_true", help="no runs, tables and plots only")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(),
+                        help="runs at a time (default: as many as there are cores)")
+    parser.add_argument("--seeds", default="0,1,2", help="seeds of data order and rollouts")
+    parser.add_argument("--guessed", default=",".join(STARTS),
+                        help="shares of guesses to start from")
+    parser.add_argument("--only", default=",".join(names),
+                        help=f"conditions to run, of {', '.join(names)}")
+    parser.add_argument("--output", type=Path, default=Path("runs/study"),
+                        help="folder of all runs")
+    parser.add_argument("--report", action="store_true", help="run nothing, write tables and plots")
     args = parser.parse_args(argv)
     seeds, only, starts = (text.split(",") for text in (args.seeds, args.only, args.guessed))
     if unknown := set(only) - set(names):

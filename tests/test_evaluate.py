@@ -438,6 +438,22 @@ def test_an_api_model_is_asked_with_frames_and_only_once(world, tmp_path, monkey
         assert rows(tmp_path / "run")["5"] == {
             "id": "5", "text": "<think>I see.</think><answer>A</answer>", "tokens": 50}
         assert "anthropic:glm" in results.table([str(tmp_path / "run")])
+        (tmp_path / "run/answers.jsonl").unlink()  # they are in the cache as well
+        assert evaluate.evaluate(given(resume=True)) == report and len(server.seen) == 13
+
+
+def test_a_spent_budget_ends_an_api_run_and_more_goes_on(world, tmp_path, monkeypatch):
+    """Catches: money spent past the limit, answers lost with it, advice that leads nowhere."""
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "none")
+    monkeypatch.setattr(evaluate, "REQUESTS", 2)
+    with MessagesServer(lambda body: says("<answer>A</answer>")) as server:
+        given = dict(model="anthropic:glm", api_url=server.url, api_price="1000/1000")
+        with pytest.raises(ValueError, match=r"budget of \$1 is spent \(--api_budget\)"):
+            evaluate.evaluate(config(world, "vsibench", tmp_path / "run", api_budget=1, **given))
+        asked = len(server.seen)
+        report = evaluate.evaluate(config(world, "vsibench", tmp_path / "run", api_budget=1000,
+                                          resume=True, **given))
+        assert 2 <= asked <= 4 and " 0 unanswered" in report and len(server.seen) == 12
 
 
 @pytest.mark.parametrize("status, sentence", (
@@ -531,6 +547,10 @@ def test_silence_is_wrong_before_a_judge_too(world, tmp_path, monkeypatch):
      "--top_p in (0, 1]"),
     (["--benchmark", "mmvu", "--data", "d", "--model", "m", "--video_root", "v", "--subtitles"],
      "--subtitles is for --benchmark longvideobench"),
+    (["--benchmark", "mmvu", "--data", "d", "--predictions", "p", "--api_price", "3"],
+     "--api_price is IN/OUT in dollars"),
+    (["--benchmark", "mmvu", "--data", "d", "--predictions", "p", "--api_budget", "3"],
+     "--api_budget is in dollars and needs --api_price"),
     (["--benchmark", "mmvu", "--data", "d", "--model", "m", "--video_root", "nowhere"],
      "--video_root nowhere is not a folder"),
     (["--benchmark", "mmvu", "--data", "d", "--predictions", "p", "--with_patches", "annotated"],

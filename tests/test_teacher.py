@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from conftest import make_video
 from messages_server import Fault, MessagesServer, call, submit
 from PIL import Image
 
+import guard
 import teacher
 from guard import leak
 from patch import WHERE_TO_LOOK, render
@@ -461,8 +463,29 @@ def test_budget_ends_teaching_not_training(tmp_path, capfd):
     assert len(server.bodies) == 3 and one.stats()["over_budget"] == 2
     assert one.stats()["dollars"] == pytest.approx(2 * 0.41)
     assert capfd.readouterr().err.count("budget of $1 is spent") == 1
-    with pytest.raises(ValueError, match="needs a price"):
+    with pytest.raises(ValueError, match="teacher_price"):
         Service(TeacherConfig(budget=1.0))
+
+
+def test_an_answer_that_cannot_be_kept_is_used_and_charged(tmp_path, capfd):
+    """Catches: a paid answer thrown away because the disk is full, and a budget that never ends."""
+    settings = dict(cache=str(tmp_path / "cache"), price="1000/1000", budget=1.0)
+    with MessagesServer(lambda body: [submit()]) as server:
+        one = service(server, **settings)
+        shutil.rmtree(tmp_path / "cache")
+        (tmp_path / "cache").write_text("not a folder")  # nothing can be written below it
+        found = [one.diagnose_full(sample_of(), f"<answer>{n}</answer>") for n in range(5)]
+    assert [d.status for d in found] == ["patched"] * 3 + ["budget"] * 2
+    assert one.stats()["dollars"] == pytest.approx(3 * 0.41)
+    assert capfd.readouterr().err.count("answers cannot be kept in") == 1
+
+
+def test_the_first_diagnosis_waits_for_no_import():
+    """Catches: the event loop blocked by the stemmer's import while answers are due."""
+    guard._stem.cache_clear()
+    with MessagesServer(lambda body: [submit()]) as server:
+        service(server)
+    assert guard._stem.cache_info().currsize > 0
 
 
 # --- hostile servers, secrets, first seconds
