@@ -19,10 +19,11 @@ Dimensions: B prefixes, N suffixes (rows), P prefix tokens, S suffix tokens, C c
 packed tokens, V vocabulary, D width, H query heads, K key-value heads, E head width, L cache slots.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -235,9 +236,15 @@ def tree_attention_varlen(q_HTE: Tensor, k_KTE: Tensor, v_KTE: Tensor, scaling: 
 def torch_kernel(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int,
                  max_k: int, scale: float) -> Tensor:
     """Attend within sequences of [T, heads, E], causal from the bottom right, by torch's kernel."""
+    return _varlen_attn()(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(-1, 0))
+
+
+@cache
+def _varlen_attn():
+    """Return torch's kernel for query heads that share key heads: torch 2.11 need not be told."""
     from torch.nn.attention.varlen import varlen_attn  # CUDA alone needs it
-    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(-1, 0),
-                       enable_gqa=q.shape[1] != k.shape[1])
+    told = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return partial(varlen_attn, enable_gqa=True) if told else varlen_attn
 
 
 def flash_kernel(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int,
