@@ -1,6 +1,6 @@
 """Samples and prompts: from Video-R1's rows to the ids that a student reads.
 
-    samples = load_samples(read_rows("train.json"), "videos")    every row is checked, none dropped
+    samples = load_samples(read_rows("train.json"), {"": "videos"})    every row is checked
     segment = Prompts(processor).prefix(sample)    [system, video, question]: ids and pixels
 
 Prefix, patch, header and completion are tokenised apart and joined as ids, so that all rollouts of
@@ -10,12 +10,14 @@ video.py reads the files.
 Dimensions: N patches, M images or videos; image axes: h height, w width.
 """
 
-import json
 import math
 import os
 import re
+import reprlib
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from video import MAX_IMAGE_PIXELS, Clip, resize, still
 
 KINDS = ("multiple choice", "numerical", "free-form", "OCR", "regression")
 MEDIA_TYPES = {"video": "video", "image": "image", "frame": "video"}  # "frame": 200 in MVBench
+FIELDS = ("problem", "problem_type", "data_type", "path")  # texts that every row has
 SHOWN = 30  # wrong rows or missing files that one message lists
 
 
@@ -57,18 +60,16 @@ class Sample:
     span: tuple[float, float] | None = None  # seconds of the file that are shown; None: all
 
 
-def load_samples(rows: list, video_root: str | Path) -> list[Sample]:
+def load_samples(rows: list, folders: dict[str, Path]) -> list[Sample]:
     """Read rows in Video-R1's format; one ValueError names all the rows that are wrong.
 
-    video_root: the folder that paths start from, or a JSON file {data_source: folder}, looked up by
-    the data_source, its first path component, "" and "default" in turn. A row without problem_id
-    goes by its number, counted from 0.
+    folders: where the media of a data_source lie, looked up by the data_source, its first path
+    component, "" and "default" in turn. A row without problem_id goes by its number, from 0.
     """
-    folders = _folders(Path(video_root))
     samples, problems, row_of = [], [], {}
+    _require_rows(rows)
     for number, row in enumerate(rows):
-        name = row.get("problem_id") if isinstance(row, dict) else None
-        name = str(number if name in (None, "") else name)
+        name = _name(row, number)
         try:
             samples.append(_sample(row, name, folders))
             _require(name not in row_of, f"rows {row_of.get(name)} and {number} have the same id")
@@ -93,88 +94,105 @@ def missing_sentence(missing: list[Sample]) -> str:
     return f"{len(missing)} samples have no media file: {names}{more}"
 
 
-def _folders(root):
-    """Return the map from data_source to media folder; {"": root} where root is the folder."""
-    if root.is_dir():
-        return {"": root}
-    _require(root.is_file(), f"the video root {root} does not exist")
-    try:
-        folders = json.loads(root.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"the video root {root} is not JSON: {error}") from None
-    _require(isinstance(folders, dict) and all(isinstance(v, str) for v in folders.values()),
-             f"the video root {root} is neither a folder nor JSON from data_source to folder")
-    return {source: root.parent / folder for source, folder in folders.items()}
-
-
 def _require(condition, sentence):
     if not condition:
         raise ValueError(sentence)
 
 
+def _require_rows(rows):
+    """Refuse a file that is one object with the list of rows in it, {"data": [...]}."""
+    row = rows[0] if len(rows) == 1 else None
+    if isinstance(row, dict) and not row.keys() & set(FIELDS):
+        lists = [key for key, value in row.items()
+                 if isinstance(value, list) and not any(isinstance(item, str) for item in value)]
+        _require(not lists, "the file is not a list of rows but one object, which holds a list "
+                 f"under {', '.join(map(reprlib.repr, lists[:5]))}: save that list alone")
+
+
+def _name(row, number):
+    """Return what a row goes by: its problem_id, or its number where it has none."""
+    given = row.get("problem_id") if isinstance(row, dict) else None
+    if given is None or given == "":
+        return str(number)
+    # reprlib's texts are short, however long or deeply nested the value is
+    return str(given) if isinstance(given, str) or _numbers(given) else reprlib.repr(given)
+
+
 def _numbers(*values):
-    return all(type(value) in (int, float) and math.isfinite(value) for value in values)
+    """Return whether all are numbers that a float can hold, neither infinite nor NaN."""
+    return all(type(value) in (int, float) and abs(value) <= sys.float_info.max for value in values)
 
 
 def _sample(row, name, folders):
     """Return one row as a Sample; ValueError with what is wrong with it."""
     _require(isinstance(row, dict), f"the row is a {type(row).__name__}, not an object")
-    _require(isinstance(row.get("problem_id"), int | str | None), "problem_id is not text or whole")
-    for field in ("problem", "problem_type", "data_type", "path"):
+    id = row.get("problem_id")
+    _require(isinstance(id, str | None) or type(id) is int and _numbers(id),
+             "problem_id is not text or a whole number of up to 308 digits")
+    _require(not re.search("[\ud800-\udfff]", name), "problem_id holds half a surrogate pair")
+    for field in FIELDS:
         value = row.get(field)
         _require(isinstance(value, str) and value.strip(), f"{field} is missing or not text")
     kind, media_type = row["problem_type"], MEDIA_TYPES.get(row["data_type"])
-    _require(kind in KINDS, f"problem_type {kind!r} is none of {', '.join(KINDS)}")
-    _require(media_type, f"data_type {row['data_type']!r} is none of {', '.join(MEDIA_TYPES)}")
+    _require(kind in KINDS, f"problem_type {kind[:80]!r} is none of {', '.join(KINDS)}")
+    _require(media_type,
+             f"data_type {row['data_type'][:80]!r} is none of {', '.join(MEDIA_TYPES)}")
 
-    solution = row.get("solution")
-    _require(type(solution) in (str, int, float), "solution is missing or not text")
-    tagged = re.search(r"<answer>(.*?)</answer>", str(solution), re.DOTALL)
-    answer = (tagged[1] if tagged else str(solution)).strip()
-    _require(answer, "solution holds no answer")
     options = (row.get("options") or []) if kind == "multiple choice" else []
-    if kind == "multiple choice":
-        _check_options(options, answer)
-    elif kind in ("numerical", "regression"):
-        number = r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"
-        _require(re.fullmatch(number, answer.replace(",", "")),
-                 f"gold answer {answer!r} is not a number")
-
+    answer = _answer(row.get("solution"), kind, options)
     process, evidence = row.get("process") or "", row.get("evidence") or []
     source = row.get("data_source") or ""
     _require(isinstance(process, str), "process is not text")
     _require(isinstance(source, str), "data_source is not text")
     _require(isinstance(evidence, list), "evidence is not a list")
     keys = [key for key in (source, source.split("/")[0], "", "default") if key in folders]
-    _require(keys, f"data_source {source!r} is not in the map that the video root gives")
+    _require(keys, f"data_source {source[:80]!r} is not in the map that the video root gives")
     media = os.path.abspath(folders[keys[0]] / row["path"])
     return Sample(name, row["problem"], tuple(options), answer, kind, media, media_type, process,
                   tuple(map(_evidence, evidence)), source)
 
 
+def _answer(solution, kind, options):
+    """Return the gold answer in a solution, checked."""
+    _require(isinstance(solution, str) or _numbers(solution),
+             "solution is missing, or is not text or a finite number")
+    tagged = re.search(r"<answer>(.*?)</answer>", str(solution), re.DOTALL)
+    answer = (tagged[1] if tagged else str(solution)).strip()
+    _require(answer, "solution holds no answer")
+    if kind == "multiple choice":
+        _check_options(options, answer)
+    elif kind in ("numerical", "regression"):
+        number, bare = r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?", answer.replace(",", "")
+        _require(re.fullmatch(number, bare) and math.isfinite(float(bare)),
+                 f"gold answer {answer[:80]!r} is not a finite number")
+    return answer
+
+
 def _check_options(options, answer):
-    """See that options are written "A. red" or "(A) red" and the gold answer is one's letter."""
+    """See that options are labelled A, B, C ... in order and the gold answer is one's letter."""
     _require(options, "a multiple choice question needs options")
     _require(isinstance(options, list) and all(isinstance(option, str) for option in options),
              "options is not a list of texts")
     found = [re.match(r"\s*\(?([A-Z])([.):]|\s*$)", option) for option in options]
     _require(all(found), "an option does not begin with its letter, as in 'A. red'")
-    letters = [match[1] for match in found]
-    _require(len(set(letters)) == len(letters), f"two options share a letter: {' '.join(letters)}")
+    letters = "".join(match[1] for match in found)
+    _require(letters == ascii_uppercase[:len(options)],
+             f"options are labelled {' '.join(letters[:40])}, not A, B, C ... in order")
     gold = re.match(r"\(?([A-Z])(?![A-Za-z])", answer)
-    _require(gold and gold[1] in letters, f"gold answer {answer!r} is none of {' '.join(letters)}")
+    _require(gold and gold[1] in letters,
+             f"gold answer {answer[:80]!r} is none of {' '.join(letters)}")
 
 
 def _evidence(item):
     """Return one annotation {"start", "end", "box"?, "note"?} as Evidence."""
-    _require(isinstance(item, dict), f"evidence {item!r} is not an object")
+    _require(isinstance(item, dict), f"evidence {reprlib.repr(item)} is not an object")
     start, end, box, note = (item.get(field) for field in ("start", "end", "box", "note"))
     _require(_numbers(start, end) and 0 <= start <= end,
-             f"evidence from {start!r} to {end!r} is not a span of seconds")
+             f"evidence from {reprlib.repr(start)} to {reprlib.repr(end)} is not a span of seconds")
     _require(box is None or isinstance(box, list) and len(box) == 4 and _numbers(*box)
              and 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1,
-             f"evidence box {box!r} is not [x1, y1, x2, y2] between 0 and 1")
-    _require(isinstance(note, str | None), f"evidence note {note!r} is not text")
+             f"evidence box {reprlib.repr(box)} is not [x1, y1, x2, y2] between 0 and 1")
+    _require(isinstance(note, str | None), f"evidence note {reprlib.repr(note)} is not text")
     return Evidence(float(start), float(end), tuple(map(float, box)) if box else None, note or "")
 
 
@@ -196,11 +214,6 @@ ANSWER_FORMATS = {
 
 END = "[[end of the user's text]]"  # where the rendered chat is split into prefix and header
 TIMESTAMP_TOKENS = 24  # more than Qwen3-VL's "<1234.5 seconds>" and tags for each temporal patch
-
-
-def read_template(path: str) -> str | None:
-    """Return the wording in a file, None for the one above where no file is named."""
-    return Path(path).read_text(encoding="utf-8") if path else None
 
 
 @dataclass
@@ -260,20 +273,40 @@ class Prompts:
                      max_image_pixels: int = MAX_IMAGE_PIXELS) -> int:
         """Return the most tokens that a sample's prefix can have, known without its file."""
         text = len(self._plain(self._prefix_text(sample)).ids)
+        return text + self._media_bound(sample, frames, max_pixels, max_image_pixels)
+
+    def _media_bound(self, sample, frames, max_pixels, max_image_pixels=MAX_IMAGE_PIXELS):
         if sample.media_type == "image":
-            return text + max_image_pixels // self.factor**2
+            return max_image_pixels // self.factor**2
         tokens = max_pixels // self.factor**2 + TIMESTAMP_TOKENS
-        return text + math.ceil(frames / self.temporal) * tokens
+        return math.ceil(frames / self.temporal) * tokens
 
     def refuse_long(self, samples: list[Sample], max_prompt: int, *limits: int) -> None:
         """Raise ValueError with the first sample whose prompt may exceed max_prompt tokens.
 
-        limits: as in prompt_bound.
+        limits: as in prompt_bound. Where the text's length settles it, as for nearly all samples,
+        nothing is rendered or tokenised: that would take minutes for hundreds of thousands.
         """
+        chats = {media_type: self._render([{"type": media_type}, {"type": "text", "text": ""}])[0]
+                 for media_type in {sample.media_type for sample in samples}}
         for sample in samples:
+            room = max_prompt - self._media_bound(sample, *limits)
+            if self._most_tokens(sample, chats[sample.media_type]) <= room:
+                continue
             bound = self.prompt_bound(sample, *limits)
             _require(bound <= max_prompt, f"sample {sample.id}: its prompt may take {bound} "
                      f"tokens, more than --max_prompt {max_prompt}")
+
+    def _most_tokens(self, sample, chat):
+        """Return a number of tokens that a sample's text, put into an empty chat, cannot exceed.
+
+        A token of the byte-level tokenizers of both families is a byte or more; the NFC that they
+        apply first makes at most three bytes of one, and leaves ASCII as it is.
+        """
+        template = self.template.replace("{answer_format}", ANSWER_FORMATS[sample.kind])
+        asked = [sample.question, "\nOptions:", *(f"\n{option}" for option in sample.options)]
+        return sum(len(text) if text.isascii() else 3 * len(text.encode("utf-8", "replace"))
+                   for text in [chat, template, *template.count("{question}") * asked])
 
     def patch(self, text: str, images: Any = ()) -> Segment:
         """Return a text and uint8 images [3, h, w] of any size, to stand before the header."""

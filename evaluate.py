@@ -19,7 +19,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -34,8 +34,9 @@ from benchmarks.results import Run, digest, merged, read_run, report, table
 from guard import check_money
 from patch import EVIDENCE_LEVELS, alignment, patch_images, render
 from reward import choice, parse_answer
-from runs import (append, claim, end_processes, everyone, flag, leave, parse, rank, read_json,
-                  require, require_positive, start_processes, world_size, write_whole)
+from runs import (BROKEN, Folder, append, end_processes, everyone, flag, leave, parse, rank,
+                  read_json, read_text, require, require_positive, start_processes, world_size,
+                  write_whole)
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,26 @@ def settings(config: Config) -> dict:
     return {**asdict(config), "label": label}
 
 
-def open_run(config: Config, questions: list[Question]) -> None:
-    """Start the folder of a run or, with --resume, see that it holds the same questions."""
+def open_run(config: Config, questions: list[Question]) -> Folder:
+    """Start the folder of a run or, with --resume, see that it holds the same questions.
+
+    The folder is held until it is closed, so that no other command writes to it.
+    """
+    held = Folder(Path(config.output), "questions.jsonl", config.resume)
+    try:
+        _start_run(config, questions)
+    except ValueError:
+        held.close()
+        raise
+    held.keep()
+    return held
+
+
+def _start_run(config, questions):
     folder, written = Path(config.output), []
     for q in questions:
         row = {name: v for name, v in asdict(q).items() if name not in ("media", "evidence")}
         written.append(json.dumps(row) + "\n")
-    claim(folder, "questions.jsonl", config.resume)
     if (folder / "questions.jsonl").exists():
         before = read_json(folder / "config.json")
         fixed = PATCHING if any(folder.glob("patched*.jsonl")) else set()
@@ -238,7 +252,8 @@ class Asked:
         self.config = config
         self.student = Student.load(config.model, device, dtype, config.attention, trainable=False,
                                     cuda_graphs=config.cuda_graphs)
-        self.prompts = data.Prompts(self.student.processor, data.read_template(config.template))
+        template = read_text(config.template) if config.template else None
+        self.prompts = data.Prompts(self.student.processor, template)
         self.student.text = self.prompts.text
         self.sampling = ffr.Sampling(config.max_completion, config.temperature, config.top_p, 0.5)
         self.prompts.refuse_long([sample_of(q) for q in questions], config.max_prompt,
@@ -357,7 +372,7 @@ def answer_by_api(config: Config, questions: list[Question], write: Callable) ->
     import data
     from video import jpeg
     client = Asker(config, config.model.partition(":")[2], "--model anthropic:")
-    template = data.read_template(config.template) or data.TEMPLATE
+    template = read_text(config.template) if config.template else data.TEMPLATE
 
     def ask(pair):
         q, sample = pair
@@ -423,15 +438,20 @@ def answer(config: Config, questions: list[Question]) -> None:
     if not is_api(config):  # a process waits at the end for the slowest one, however long
         device, dtype = start_processes(config.dtype, config.cuda_graphs,
                                         patience=timedelta(days=30))
-    folder, absent = Path(config.output), {q.id for q in missing}
-    mine = questions[rank()::world_size()]
-    known = merged(folder, "answers")  # before anybody writes, so that all know the same
-    if rank() == 0:
-        open_run(config, questions)
-        if missing:
+    known = merged(Path(config.output), "answers")  # before anybody writes: all know the same
+    with closing(open_run(config, questions)) if rank() == 0 else nullcontext():
+        if missing and rank() == 0:
             print(f"{len(missing)} of {len(questions)} questions have no video: "
                   + ", ".join(f"{q.id} ({q.media})" for q in missing[:30]), file=sys.stderr)
-    everyone(None)
+        everyone(None)
+        ask_the_rest(config, questions, known, {q.id for q in missing}, device, dtype)
+        everyone(None)
+
+
+def ask_the_rest(config: Config, questions: list[Question], known: dict, absent: set[str],
+                 device: Any, dtype: Any) -> None:
+    """Ask this process's share of the questions that have no answer; absent: without a video."""
+    mine = questions[rank()::world_size()]
     write = Lines(config, "answers", mine, known)
     for q in mine:
         if q.id in absent and q.id not in known:
@@ -449,7 +469,6 @@ def answer(config: Config, questions: list[Question]) -> None:
                 with closing(teacher_of(config)) as guide:
                     patch(config, asked, guide, mine)
     write.close()
-    everyone(None)
 
 
 def patch(config: Config, asked: Asked, guide: Any, mine: list[Question]) -> None:
@@ -514,9 +533,9 @@ def evaluate(config: Config) -> str:
         run = Run(Path(config.output), SimpleNamespace(**settings(config)), questions,
                   predictions(config, questions), {}, {} if config.judge else None)
         if config.output:
-            open_run(config, questions)
-            (run.folder / "answers.jsonl").write_text(
-                "".join(json.dumps(row) + "\n" for row in run.answers.values()))
+            with closing(open_run(config, questions)):
+                write_whole(run.folder / "answers.jsonl",
+                            "".join(json.dumps(row) + "\n" for row in run.answers.values()))
             run = read_run(config.output)
     else:
         config = replace(config, output=output_folder(config))
@@ -542,8 +561,10 @@ def main(argv: list[str] | None = None) -> None:
             evaluate(parse(Config, argv, __doc__.split("\n\n")[0])[0])
         if text:
             print(text)
-    except (ValueError, OSError) as error:
+    except (ValueError, FileNotFoundError) as error:
         leave("evaluate.py", error)
+    except OSError as error:
+        leave("evaluate.py", error, BROKEN)
     finally:
         end_processes()
 

@@ -30,6 +30,9 @@ from torch import Tensor
 
 DELTA = 1e-4  # δ of Eq. 9
 KL_CLAMP = 10.0  # largest |log ratio| in the KL, so that one stray token cannot overflow exp
+# Largest log ratio in CLIP: exp overflows from 88.7 on, and then even a clipped token has gradient
+# NaN. Beyond it Â > 0 is clipped anyway; Â < 0 has no gradient, it would be all of the update.
+RATIO_CLAMP = 20.0
 
 
 @dataclass
@@ -341,9 +344,9 @@ def clip(log_ratio_T: Tensor, advantage_T: Tensor, clip_low: float,
          clip_high: float) -> tuple[Tensor, dict]:
     """Return CLIP(r, Â, ε) = min(r Â, clip(r, 1 − ε_low, 1 + ε_high) Â) [T]  (Eq. 10).
 
-    Also sums for the logs: tokens that the clip bounds, and |log r|.
+    r is bounded by RATIO_CLAMP. Also sums for the logs: tokens that the clip bounds, and |log r|.
     """
-    ratio_T = log_ratio_T.exp()
+    ratio_T = log_ratio_T.clamp(max=RATIO_CLAMP).exp()
     clipped_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
     bound = (clipped_T * advantage_T < ratio_T * advantage_T).sum().item()
     return (torch.min(ratio_T * advantage_T, clipped_T * advantage_T),

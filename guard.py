@@ -14,6 +14,7 @@ import json
 import math
 import random
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
@@ -268,7 +269,10 @@ def _gives_answer(said: str, sample) -> bool:
 
 # --- the audit of a run ---------------------------------------------------------------------------
 
-LEAKS = ("direct", "partial")
+LEAKS = ("direct", "partial")  # what the rules find
+SAID = ("status", "reason")  # what each line of patches.jsonl says; those with a patch say also
+SAID_OF_PATCH = ("error_type", "query_kind", "guidance", "key_frames", "times", "question",
+                 "options", "answer")
 
 
 def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -283,7 +287,8 @@ def audit(rows: list[dict], price: str = "") -> dict:
     """Count a run's diagnoses: how they ended, error types, repairs, leaks, cost.
 
     Leaks are counted twice: as first submitted by the teacher (what the prompt alone lets through,
-    Table 5), and by the rules of `leak` in the patches that students were shown.
+    Table 5), and by the rules of `leak` in the patches that students were shown. What the rules
+    let pass and the blind test refused is counted apart. Without a price there are no dollars.
     """
 
     def share(k, n):
@@ -295,6 +300,7 @@ def audit(rows: list[dict], price: str = "") -> dict:
     patched = [row for row in rows if row["status"] == "patched"]
     judged = [row for row in rows if row["status"] in ("patched", "refused")]
     first = Counter(row["reason"].removeprefix("mended ").split(":")[0] for row in judged)
+    submitted = {kind: share(first[kind], len(judged)) for kind in (*LEAKS, "blind test")}
     unknown = {"kind": "", "response": "", "clip": None}  # what a row may not say
     asked = [SimpleNamespace(**unknown | row) for row in patched]
     leaks = [leak(patch_of(row), sample, sample.response) for row, sample in zip(patched, asked)]
@@ -309,10 +315,42 @@ def audit(rows: list[dict], price: str = "") -> dict:
         "reasons": dict(why.most_common()),
         "error_types": {t: share(len(some), len(patched)) for t, some in types.items()},
         "repair_rate": {"all": repaired(patched)} | {t: repaired(rs) for t, rs in types.items()},
-        "leaks_submitted": {kind: share(first[kind], len(judged)) for kind in LEAKS},
+        "leaks_submitted": submitted,
         "leaks_shown": {kind: share(shown[kind], len(patched)) for kind in LEAKS},
-        "a_patch": {"input": tokens[0] / n, "output": tokens[1] / n, "dollars": dollars / n},
+        "a_patch": {"input": tokens[0] / n, "output": tokens[1] / n,
+                    "dollars": dollars / n if price else None},
     }
+
+
+def diagnoses(path: Path) -> list[dict]:
+    """Return the lines of a patches.jsonl; ValueError where there are none or one is none."""
+    whole = path.read_bytes() if path.exists() else b""
+    rows = [_parsed(line, f"{path}, line {number},") for number, line in
+            enumerate(whole.split(b"\n")[:-1], 1)]  # what a kill has torn has no end
+    if not rows:
+        raise ValueError(f"{path} holds no diagnoses: in this run nobody was asked for a patch")
+    for number, row in enumerate(rows, 1):
+        needed = SAID + (SAID_OF_PATCH if row.get("status") == "patched" else ())
+        if missing := [name for name in needed if name not in row]:
+            raise ValueError(f"{path}, line {number}, is no diagnosis: it has no {missing[0]}")
+    return rows
+
+
+def price_of(run: Path) -> str:
+    """Return the price that a run's config.json names, "" where it names none."""
+    path = run / "config.json"
+    config = _parsed(path.read_bytes(), path) if path.exists() else {}
+    return str(config.get("teacher_price") or "")
+
+
+def _parsed(text, where):
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} is not an object")
+    return found
 
 
 def prices(text: str, flag: str = "--price") -> tuple[float, float]:
@@ -357,7 +395,8 @@ def print_audit(found: dict) -> None:
     print("not patched because")
     for reason, n in found["reasons"].items():
         print(f"  {reason:<34}{n:>6}")
-    print("a patch:", ", ".join(f"{n:.5g} {what}" for what, n in found["a_patch"].items()))
+    known = ((what, n) for what, n in found["a_patch"].items() if n is not None)
+    print("a patch:", ", ".join(f"{n:.5g} {what}" for what, n in known))
 
 
 def draw(rows: list[dict], count: int, path: Path) -> None:
@@ -370,27 +409,36 @@ def draw(rows: list[dict], count: int, path: Path) -> None:
         shown = "patch:" + render(patch_of(row), "text")
         parts += ["response: " + plain(row["response"], 2000), shown]
         parts += [f"repaired: {row['repaired']}; leak (direct, partial, none): ____"]
-    path.write_text("\n\n".join(parts) + "\n")
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Audit the run that the command line names: print its counts, write them as audit.json."""
+    """Audit the run that the command line names: print its counts, write them as audit.json.
+
+    A run that cannot be audited is refused in one sentence, with exit code 2.
+    """
     parser = argparse.ArgumentParser(description="Audit the patches of a run.")
     parser.add_argument("run", type=Path, help="the run's folder, or its patches.jsonl")
-    parser.add_argument("--price", default="", help="dollars for a million tokens in and out, 3/15")
+    parser.add_argument("--price", default="", help="dollars for a million tokens in and out, 3/15 "
+                        "(default: what config.json of the run says)")
     parser.add_argument("--draw", type=int, default=0, metavar="N",
                         help="write N patches to patches_drawn.md, to be read by hand")
     args = parser.parse_args(argv)
-    path = args.run / "patches.jsonl" if args.run.is_dir() else args.run
-    whole = path.read_bytes().rpartition(b"\n")[0]  # the last line of a killed run is torn
-    rows = [json.loads(line) for line in whole.split(b"\n") if line]
-    found = audit(rows, args.price)
-    print_audit(found)
-    path.with_name("audit.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(f"as JSON: {path.with_name('audit.json')}")
-    if args.draw:
-        draw(rows, args.draw, path.with_name("patches_drawn.md"))
-        print(f"{args.draw} patches to read: {path.with_name('patches_drawn.md')}")
+    path = args.run if args.run.is_file() else args.run / "patches.jsonl"
+    try:
+        if not args.run.exists():
+            raise ValueError(f"{args.run} does not exist")
+        rows = diagnoses(path)
+        found = audit(rows, args.price or price_of(path.parent))
+        print_audit(found)
+        path.with_name("audit.json").write_text(json.dumps(found, indent=1) + "\n")
+        print(f"as JSON: {path.with_name('audit.json')}")
+        if args.draw:
+            draw(rows, args.draw, path.with_name("patches_drawn.md"))
+            print(f"{args.draw} patches to read: {path.with_name('patches_drawn.md')}")
+    except (ValueError, OSError) as error:
+        print(f"guard.py: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
 
 
 if __name__ == "__main__":

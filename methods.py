@@ -68,13 +68,14 @@ def shaped(log_ratio_T: Tensor, advantage_T: Tensor, batch: ffr.MicroBatch, clip
     """Return f(r) Â, f(r) = r / (r + γ), unclipped on replayed traces (LUFFY, Eq. 6), else CLIP.
 
     r is π_θ itself where the trace's old_logp are zeros. ∇f = γ r / (r + γ)² ∇log π: largest at
-    r = γ, and 0.083 at r = 1, where a rollout of the policy itself has 1.
+    r = γ, and 0.083 at r = 1, where a rollout of the policy itself has 1. Computed as the sigmoid
+    of log r − log γ, which no r can overflow.
     """
     off_T = of_tokens(batch, lambda slot: slot.off_policy).to(log_ratio_T.device)
     own_T = log_ratio_T.masked_fill(off_T, 0.0)
     objective_T, sums = otherwise(own_T, advantage_T, batch, clip_low, clip_high)
-    ratio_T = log_ratio_T.exp()
-    return torch.where(off_T, ratio_T / (ratio_T + gamma) * advantage_T, objective_T), sums
+    shaped_T = torch.sigmoid(log_ratio_T - math.log(gamma))
+    return torch.where(off_T, shaped_T * advantage_T, objective_T), sums
 
 
 def imitate(log_ratio_T: Tensor, advantage_T: Tensor, batch: ffr.MicroBatch, clip_low: float,
@@ -628,3 +629,44 @@ class FfrVisd(Ffr):
 METHODS = {"ffr": Ffr, "grpo": Method, "sft": Sft, "sft_teacher": SftTeacher, "tgrpo": Tgrpo,
            "luffy": Luffy, "replay": Replay, "vote": Vote, "judge": Judge, "rlsd": Rlsd,
            "visd": Visd, "ffr_visd": FfrVisd}
+
+
+def useful(config: Any) -> dict[str, tuple[bool, str]]:
+    """Return, for every flag that some runs do not heed, whether this one does, and which do."""
+    name, kind = config.method, METHODS[config.method]
+    service, tries = kind.asks and config.teacher == "anthropic", kind.repairs and kind.compares
+    tools = "tools" in config.teacher_prompt.split(",")
+    several = config.updates_per_batch > 1
+    rules = (
+        ("teacher", kind.asks, "methods that ask a teacher"),
+        ("teacher_url teacher_model teacher_cache teacher_price teacher_budget teacher_timeout "
+         "teacher_step_timeout", service, "methods that ask, with --teacher anthropic"),
+        ("no_gt", service and name not in ("luffy", "sft_teacher"),
+         "patches, scores and comments of --teacher anthropic"),
+        ("teacher_prompt blind_test", service and kind.repairs, "patches of --teacher anthropic"),
+        ("teacher_rounds", service and kind.repairs and tools,
+         "patches of --teacher anthropic with tools in --teacher_prompt"),
+        ("evidence", kind.repairs, "methods that write patches"),
+        ("kappa alignment_weight train_on", tries, "--method ffr and ffr_visd"),
+        ("score_under", tries and config.train_on == "chosen",
+         "--method ffr and ffr_visd with --train_on chosen"),
+        ("rollouts top_p select no_std dynamic_sampling beta", kind.compares,
+         "methods that compare rollouts"),
+        ("pass_mark", kind.compares or name == "sft_teacher", "methods that verify answers"),
+        ("clip_low clip_high ratio", kind.compares and several,
+         "methods that compare rollouts, with --updates_per_batch above 1: before that the ratio "
+         "is 1"),
+        ("length_low length_high", name == "tgrpo", "--method tgrpo"),
+        ("shape_gamma", name in ("luffy", "replay"), "--method luffy and replay"),
+        ("replay_share replay_start", name == "replay", "--method replay"),
+        ("sd_lambda sd_horizon sd_clip", name in ("rlsd", "visd", "ffr_visd"),
+         "--method rlsd, visd and ffr_visd"),
+        ("sd_sync", name == "rlsd", "--method rlsd"), ("sd_ema sd_topk", name == "visd",
+                                                       "--method visd"),
+        ("eval_every", config.eval_data or not config.model, "runs with --eval_data"),
+        ("eval_patches", kind.repairs and bool(config.eval_data or not config.model),
+         "methods that write patches, with --eval_data"),
+        ("epochs", not config.steps, "runs without --steps"),
+        ("decode_seconds", config.decode_workers > 0, "runs with --decode_workers above 0"))
+    return {flag_: (bool(heeded), where) for flags, heeded, where in rules
+            for flag_ in flags.split()}

@@ -7,6 +7,7 @@ A patch says what kind of error was made and where to look again, never what is 
     images = patch_images(patch, frames, "frames")    what it is shown again
     alignment(rationale, patch)                   whether it then refers to the evidence
     patch_from_evidence(sample, response)         a patch without any teacher model
+    outside_clip(sample)                          what is wrong with the evidence's seconds
 
 Departs from the paper: one error type per patch.
 
@@ -30,6 +31,7 @@ ANSWER = re.compile(r"<answer>(.*?)</answer>", re.S | re.I)
 MAX_GUIDANCE = 400  # characters; with the caps below a patch stays under about 250 tokens
 MAX_MARKER, MAX_MARKERS, MAX_REGIONS = 80, 3, 4
 MAX_KEY_IMAGES, MIN_CROP = 4, 28  # whole frames shown again; smallest side of a crop in pixels
+LATE = 0.5  # seconds by which evidence may end behind the clip's end
 
 
 @dataclass(frozen=True)
@@ -236,13 +238,35 @@ def key_range(times: tuple[float, ...], start: float, end: float) -> tuple[int, 
     return first, min(max(last, first + 1), len(times) - 1)
 
 
+def outside_clip(sample: Any) -> str:
+    """Return what is wrong with evidence that lies outside the sample's clip, "" if none does.
+
+    It may end half a second or a frame behind the clip's end, since annotators round. Of an image
+    seconds mean nothing.
+    """
+    clip = sample.clip
+    first, last = clip.times[0], clip.times[-1]
+    for start, end in ((e.start, e.end) for e in sample.evidence if len(clip.times) > 1):
+        if first <= start and end <= last:
+            continue
+        slack = max(LATE, 1 / clip.fps)
+        if end < first or start > clip.duration or end > clip.duration + slack:
+            shown = f"from {first:.1f} s to" if first else "of"
+            return (f"evidence from {start:.10g} s to {end:.10g} s lies outside the clip "
+                    f"{shown} {clip.duration:.1f} s")
+    return ""
+
+
 def patch_from_evidence(sample: Any, response: str) -> Patch:
     """Return the sample's `evidence` annotation as the patch for a failed response.
 
+    ValueError where the evidence lies outside the clip: its patch would show other frames.
     error type   misconception: no answer to be read in the response; spatial: the evidence has a
                  box and the response names the right range (or there is one image only);
                  temporal: all else
     """
+    if problem := outside_clip(sample):
+        raise ValueError(problem)
     times = sample.clip.times
     span = min(e.start for e in sample.evidence), max(e.end for e in sample.evidence)
     key_frames = key_range(times, *span)

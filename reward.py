@@ -104,6 +104,8 @@ _FILLER = re.compile(
 )
 _ALONE = re.compile(r"[\W_]*([A-Za-z])[\W_]*")
 _LABEL = re.compile(r"[\W_]*([A-Za-z])[.)\]}:,*_\"'\s]+(?:- )?(.+)")  # "(B) - red": B and red
+# An option's own label: "A. red", "(b) red", "A:red", "A" alone; not the A of "A.M.".
+_OWN_LABEL = re.compile(r"[(\[]?([A-Za-z])(?:[)\].:]+(?![A-Za-z]\.)|$)")
 _NEGATED = re.compile(
     r"(?i:\bnot|n['’]t|\bneither|\bexcept)(?: option)? (?:[A-Z]\b|[(\[][A-Za-z][)\]])"
 )
@@ -124,10 +126,10 @@ def choice(answer: str, options: Sequence[str] = ()) -> str | None:
 
     Tried in this order: the letter alone; the text of one option; a letter before an option's text;
     the letters named in a sentence. A letter before another option's text and a negated letter are
-    None. There are as many letters as options, or A to Z without options.
+    None. The letters are those of `labels`, or A to Z without options.
     """
-    letters = ascii_uppercase[: len(options)] or ascii_uppercase
-    texts = [_option_text(option, letter) for option, letter in zip(options, letters)]
+    letters = labels(options) or ascii_uppercase
+    texts = {letter: _option_text(option, letter) for option, letter in zip(options, letters)}
     said = _one_line(answer)
     filler = _FILLER.match(said)
     body = said[filler.end() :] if filler else said
@@ -146,6 +148,16 @@ def choice(answer: str, options: Sequence[str] = ()) -> str | None:
     return named.pop() if len(named) == 1 else None
 
 
+def labels(options: Sequence[str]) -> str:
+    """Return the options' own letters, in their order: "BA" for "B. red" and "A. blue".
+
+    Where an option has none or two have the same, A, B, C ... by place.
+    """
+    found = [_OWN_LABEL.match(_one_line(option)) for option in options]
+    own = {match[1].upper(): None for match in found if match}
+    return "".join(own) if len(own) == len(options) else ascii_uppercase[: len(options)]
+
+
 def _one_line(text: str) -> str:
     """Return `text` with full-width characters made plain and runs of white space made a space."""
     return " ".join(text.translate(_FULL_WIDTH).split())
@@ -158,13 +170,15 @@ def _bare(line: str) -> str:
 
 def _option_text(option: str, letter: str) -> str:
     """Return an option for comparison, without its own label ("A. ", "(A) ", "A: ")."""
-    return _bare(re.sub(rf"(?i)^[(\[]?{letter}[)\].:]+(?= |$)", "", _one_line(option)))
+    line = _one_line(option)
+    label = _OWN_LABEL.match(line)
+    return _bare(line[label.end() :] if label and label[1].upper() == letter else line)
 
 
-def _options_with(line: str, texts: list[str]) -> list[str]:
+def _options_with(line: str, texts: dict[str, str]) -> list[str]:
     """Return the letters of the options whose text is `line`."""
     line = _bare(line)
-    return [letter for letter, text in zip(ascii_uppercase, texts) if text and text == line]
+    return [letter for letter, text in texts.items() if text and text == line]
 
 
 # --- numbers --------------------------------------------------------------------------------------

@@ -9,21 +9,32 @@ torch is imported where it is needed: tables are printed and ready answers score
 """
 
 import argparse
+import ctypes
 import difflib
+import fcntl
+import hashlib
+import itertools
 import json
 import os
+import platform
+import re
 import resource
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import field, fields
+from dataclasses import field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 # ---------------------------------------------------------------------------------------------
 # Flags
@@ -37,7 +48,7 @@ def flag(default: Any, text: str, choices: tuple | None = None) -> Any:
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         """Leave with one sentence and without the list of all flags."""
-        leave(self.prog, f"{message} (--help lists all flags)", code=2)
+        leave(self.prog, f"{message} (--help lists all flags)")
 
 
 def parse(kind: type, argv: list[str] | None, text: str) -> tuple[Any, set[str]]:
@@ -104,6 +115,7 @@ def everyone(value: Any) -> list:
     return values
 
 
+PR_SET_PDEATHSIG = 1  # of Linux' prctl: a signal for when the parent has ended
 _store = []  # the key-value store that the processes met by
 
 
@@ -121,6 +133,8 @@ def start_processes(dtype: str, cuda_graphs: bool = False, trains: bool = False,
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
+    if "RANK" in os.environ:  # a rank whose torchrun was killed is to stop as well
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     name = ("bfloat16" if cuda else "float32") if dtype == "auto" else dtype
     backend = "nccl" if cuda else "gloo"
     if "RANK" in os.environ and not dist.is_initialized():
@@ -147,7 +161,11 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def leave(command: str, error: Any, code: int = 1) -> None:
+REFUSED, BROKEN = 2, 1  # exit codes; stopped by a signal: 128 and its number
+SAME_STOP = 2.0  # seconds within which signals are one request to stop
+
+
+def leave(command: str, error: Any, code: int = REFUSED) -> None:
     """End the process with one sentence; of several that would say the same, one says it."""
     sentence, first = f"{command}: {error}", True
     if _store:
@@ -161,16 +179,21 @@ def leave(command: str, error: Any, code: int = 1) -> None:
 
 
 class Stopper:
-    """SIGTERM and Ctrl-C ask for a stop after the step; a second one stops at once."""
+    """SIGTERM and Ctrl-C ask for a stop after the batch; a later one stops at once.
+
+    asked: the signal's number, 0 before there was one. One stop often comes as several signals
+    in a row: from a scheduler, and from torchrun, which passes it on or has ended.
+    """
 
     def __init__(self):
-        self.asked, numbers = False, (signal.SIGTERM, signal.SIGINT)
+        self.asked, self.since, numbers = 0, 0.0, (signal.SIGTERM, signal.SIGINT)
         self.before = {number: signal.signal(number, self._ask) for number in numbers}
 
     def _ask(self, number, frame):
-        if self.asked:
-            signal.default_int_handler(number, frame)
-        self.asked = True
+        if self.asked and time.monotonic() - self.since > SAME_STOP:
+            sys.exit(128 + number)
+        if not self.asked:
+            self.asked, self.since = number, time.monotonic()
 
     def close(self) -> None:
         """Give the signals back."""
@@ -235,15 +258,28 @@ def json_line(row: dict) -> bytes:
 def read_log(path: str | Path) -> list[dict]:
     """Return the objects of a JSONL file that a run wrote, [] where there is no file.
 
-    A last line without its end, which a kill has torn, is left out; ValueError where another is
-    damaged.
+    A last line without its end, which a kill has torn, is left out; ValueError names another one
+    that is damaged.
     """
-    return [parse_json(line, f"{path}, line {n},") for n, line in enumerate(_whole_lines(path), 1)]
+    rows = [parse_json(line, f"{path}, line {n},") for n, line in enumerate(_whole_lines(path), 1)]
+    for n, row in enumerate(rows, 1):
+        require(isinstance(row, dict), f"{path}, line {n}, is not an object")
+    return rows
 
 
 def _whole_lines(path):
     data = Path(path).read_bytes() if Path(path).exists() else b""
-    return data[:data.rfind(b"\n") + 1].decode("utf-8").split("\n")[:-1]
+    return _decoded(data[:data.rfind(b"\n") + 1], path).split("\n")[:-1]
+
+
+def _decoded(data, path):
+    """Return a file's bytes as text, without a byte order mark; ValueError names a wrong line."""
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}, is not UTF-8 text") from None
 
 
 def cut(path: Path, last: int) -> None:
@@ -261,18 +297,45 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_rows(path: str | Path) -> list:
-    """Return the rows of a JSON list or of JSON lines; ValueError names the line that is wrong."""
-    text = Path(path).read_text(encoding="utf-8-sig")
+    """Return the rows of a JSON list or of JSON lines; ValueError names the line that is wrong.
+
+    One object that is spread over lines is one row.
+    """
+    text = read_text(path)
     if text.lstrip().startswith("["):
         return parse_json(text, path)
-    lines = text.split("\n")
-    return [parse_json(line, f"{path}, line {n},") for n, line in enumerate(lines, 1)
-            if line.strip()]
+    try:
+        return [parse_json(line, f"{path}, line {n},") for n, line in enumerate(text.split("\n"), 1)
+                if line.strip()]
+    except ValueError:
+        with suppress(ValueError):
+            return [parse_json(text, path)]
+        raise
 
 
 def read_json(path: str | Path) -> Any:
     """Return what a JSON file holds; ValueError names the file where it holds something else."""
-    return parse_json(Path(path).read_text(encoding="utf-8-sig"), path)
+    return parse_json(read_text(path), path)
+
+
+def read_folders(root: str | Path) -> dict[str, Path]:
+    """Return the map from data_source to folder in a JSON file; {"": root} where root is a folder.
+
+    Folders in the file are counted from where it lies.
+    """
+    root = Path(root)
+    if root.is_dir():
+        return {"": root}
+    require(root.is_file(), f"the video root {root} does not exist")
+    folders = read_json(root)
+    require(isinstance(folders, dict) and all(isinstance(v, str) for v in folders.values()),
+            f"the video root {root} is neither a folder nor JSON from data_source to folder")
+    return {source: root.parent / folder for source, folder in folders.items()}
+
+
+def read_text(path: str | Path) -> str:
+    """Return what a UTF-8 file holds; ValueError names the file, and the line that is not UTF-8."""
+    return _decoded(Path(path).read_bytes(), path)
 
 
 def parse_json(text: str, where: Any) -> Any:
@@ -281,18 +344,201 @@ def parse_json(text: str, where: Any) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply") from None
+    except ValueError:  # Python reads whole numbers of at most 4,300 digits
+        raise ValueError(f"{where} holds a number of too many digits") from None
+
+
+# ---------------------------------------------------------------------------------------------
+# What a run says of its steps
+
+
+def metrics(step: int, ranks: list[dict]) -> dict:
+    """Return the line of metrics.jsonl from what every rank counted; a mean over nothing is null.
+
+    The seconds are those of the slowest rank.
+    """
+    def ratio(name, part="totals"):
+        parts = [r[part].get(name, (0, 0)) for r in ranks]
+        count = sum(n for _, n in parts)
+        return sum(total for total, _ in parts) / count if count else None
+
+    def add(name, part="sums"):
+        return sum(r[part].get(name, 0) for r in ranks)
+
+    tokens, reasons = max(add("tokens"), 1), sum((r["reasons"] for r in ranks), Counter())
+    asked = sum(reasons.values()) + sum(r["totals"]["intervention_ratio"][0] for r in ranks)
+    kinds = {name[12:] for r in ranks for name in r["totals"] if name.startswith("repair_rate/")}
+    counted = {kind: sum(r["totals"].get(f"repair_rate/{kind}", (0, 0))[1] for r in ranks)
+               for kind in sorted(kinds)}
+    names = dict.fromkeys(name for r in ranks for name in r["seconds"])
+    seconds = max((r["seconds"] for r in ranks), key=lambda s: s["step"])
+    sampling = seconds.get("decode", 0.0) + seconds.get("repair", 0.0)
+    means = ("reward", "accuracy", "format", "intervention_ratio", "repair_rate", "chosen_accuracy",
+             "alignment", "advantage_zero_fraction", "completion_length", "finished")
+    return {
+        "step": step, "loss": add("loss"), **{name: ratio(name) for name in means},
+        "repair_rate_by_error": {kind: ratio(f"repair_rate/{kind}") for kind in counted},
+        "error_types": counted, "kl": add("kl") / tokens, "entropy": add("entropy") / tokens,
+        "clip_fraction": add("clipped_of_all") / max(add("tokens_of_all"), 1),
+        "logp_mismatch": add("mismatch") / tokens,
+        "grad_norm": ranks[0]["sums"]["grad_norm"], "lr": ranks[0]["sums"]["lr"],
+        **{name: ratio(name, "method") for name in ranks[0]["method"]},
+        "bad_samples": sum(r["bad"] for r in ranks),
+        "teacher": {name: add(name, "teacher") for name in ranks[0]["teacher"]},
+        "unpatched_share": sum(reasons.values()) / asked if asked else None,
+        "unpatched_by_reason": dict(reasons.most_common()),
+        "tokens_per_second": sum(r["sampled"] for r in ranks) / (sampling or 1.0),
+        "peak_memory_gb": max(r["memory"] for r in ranks),
+        "seconds": {name: seconds.get(name, 0.0) for name in names}}
+
+
+def postfix(row: dict) -> str:
+    """Return what of a step the progress bar shows."""
+    shown = {"loss": "loss", "acc": "accuracy", "chosen": "chosen_accuracy", "format": "format",
+             "kl": "kl", "help": "intervention_ratio", "repair": "repair_rate",
+             "no patch": "unpatched_share", "tok/s": "tokens_per_second"}
+    return " ".join(f"{short} {row[name]:.2f}" for short, name in shown.items()
+                    if row[name] is not None)
+
+
+def summary(evals: list[dict], rows: list[dict]) -> list[str]:
+    """Return held-out accuracy before and after, and how the need for help changed, as lines."""
+    quarter = max(1, len(rows) // 4)
+
+    def mean(part, name):
+        values = [row[name] for row in part if row.get(name) is not None]
+        return sum(values) / len(values) if values else None
+
+    def line(label, *values):
+        return f"  {label:22}" + "".join("-".rjust(15) if value is None else
+                                         f"{100 * value:13.1f} %" for value in values)
+
+    names = ["intervention_ratio", "repair_rate"]
+    names += ["unpatched_share"] * bool(mean(rows, "unpatched_share"))
+    return [f"held-out ({evals[-1]['n']} questions)".ljust(24) + f"{'before':>15}{'after':>15}",
+            line("without patches", evals[0]["accuracy"], evals[-1]["accuracy"]),
+            line("with patches", *(e["accuracy_with_patches"] for e in (evals[0], evals[-1]))),
+            "training".ljust(24) + f"{'first quarter':>15}{'last quarter':>15}",
+            *(line(name.replace("_", " "), mean(rows[:quarter], name), mean(rows[-quarter:], name))
+              for name in names)]
 
 
 # ---------------------------------------------------------------------------------------------
 # The folder and its checkpoints
 
 
-def claim(output: Path, marker: str, resume: bool) -> None:
-    """Refuse a folder that holds a run, known by its file `marker`, unless it is to go on."""
-    require(resume or not (output / marker).exists(),
-            f"--output {output} already holds a run: add --resume to go on with it, or name "
-            "another folder")
-    output.mkdir(parents=True, exist_ok=True)
+class Folder:
+    """A run's folder, held by one command at a time; a command that is refused leaves no trace.
+
+    The lock is on the folder itself, so that it needs no file, and ends with the process.
+    """
+
+    def __init__(self, path: Path, marker: str, resume: bool):
+        """Take the folder, unless another command has it or it holds a run, known by `marker`."""
+        self.path, self.made, self.lock = path, [], None
+        try:
+            for folder in (folder for folder in reversed([path, *path.parents])
+                           if not folder.exists()):
+                folder.mkdir()
+                self.made.append(folder)
+            self.lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            require(os.access(path, os.W_OK), f"--output {path} cannot be written to")
+            require(resume or not (path / marker).exists(),
+                    f"--output {path} already holds a run: add --resume to go on with it, or name "
+                    "another folder")
+        except BlockingIOError:
+            self.close()
+            raise ValueError(f"--output {path} is in use by another command") from None
+        except OSError as error:
+            self.close()
+            raise ValueError(f"--output {path} cannot be used: {error.strerror}") from None
+        except ValueError:
+            self.close()
+            raise
+
+    @classmethod
+    def numbered(cls, stem: str, marker: str) -> "Folder":
+        """Take the first of STEM-1, STEM-2, ... that nobody has taken, not in the same moment."""
+        for path in (Path(f"{stem}-{number}") for number in itertools.count(1)):
+            if not path.exists():
+                try:
+                    return cls(path, marker, resume=False)
+                except ValueError:
+                    if not path.exists():  # nobody was faster
+                        raise
+
+    def keep(self) -> None:
+        """Let the folder stay: the run has begun."""
+        self.made = []
+
+    def close(self) -> None:
+        """Give the folder back, and remove what was made for a run that did not begin."""
+        if self.lock is not None:
+            os.close(self.lock)
+        for folder in reversed(self.made):
+            with suppress(OSError):
+                folder.rmdir()
+        self.lock, self.made = None, []
+
+
+@contextmanager
+def waiting_for(path: Path):
+    """Hold a folder in the block; wait while another command holds it."""
+    path.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def going_on(config: Any, given: set[str], free: set[str]) -> Any:
+    """Return the flags of the run in --output, with those of `free` that are given beside --resume.
+
+    ValueError where another flag is given with another value: the run would not be what it is.
+    """
+    output, kind = Path(config.output), type(config)
+    if not (output / "config.json").exists():
+        require((output / "checkpoints").is_dir(), f"--resume: {output} holds no run")
+        return config  # its config.json was lost: all flags have to be given
+    saved = read_json(output / "config.json")
+    before = kind(**{f.name: saved[f.name] for f in fields(kind) if f.name in saved})
+    for name in sorted(given - free):
+        now, was = getattr(config, name), getattr(before, name)
+        require(now == was, f"--{name} {now}: the run in {output} has {was}, and cannot go on with "
+                "another value")
+    changes = {name: getattr(config, name) for name in given & free}
+    return replace(before, **changes | {"resume": True, "output": str(output)})
+
+
+def digest(*parts: Any) -> str:
+    """Return a short name for bytes, texts and JSON values that no other ones have."""
+    whole = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        whole.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode())
+    return whole.hexdigest()
+
+
+def about(files: dict[str, str], student: str) -> dict:
+    """Return what config.json says of a run beside its flags: how it came about.
+
+    files: paths by flag, whose contents the run depends on; student: its digest.
+    """
+    import torch
+    import transformers
+    here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], check=False, **here).stdout.strip()
+    dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], check=False, **here).stdout
+    cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"command": shlex.join(sys.argv), "commit": commit + "+changes" * bool(dirty),
+            "python": platform.python_version(), "torch": torch.__version__,
+            "transformers": transformers.__version__, "cards": cards, "processes": world_size(),
+            "student": student, "files": {flag: digest(Path(path).read_bytes())
+                                          for flag, path in files.items() if path}}
 
 
 def save(run: Any) -> None:
@@ -300,15 +546,33 @@ def save(run: Any) -> None:
 
     Hugging Face weights and processor for everybody; to go on from, training_state/ (fp32 weights,
     optimizer, the method's copy) and what the method keeps on each rank. There is no random state:
-    every random number derives from (seed, step, sample).
+    every random number derives from (seed, step, sample). progress.json, written last, has the
+    size and digest of every file. OSError, with the disk's free space, where it cannot be written.
     """
-    import torch
-    import torch.distributed as dist
-    import torch.distributed.checkpoint as dcp
     folder = run.output / "checkpoints" / f"step-{run.step:06d}"
     if folder.exists():
         return
     partial = folder.with_suffix(".partial")
+    try:
+        _write_checkpoint(run, partial)
+    except (OSError, RuntimeError, SafetensorError) as error:  # what full disks make libraries say
+        shutil.rmtree(partial, ignore_errors=True)
+        free, why = shutil.disk_usage(run.output).free, str(error).strip().split("\n")[0]
+        raise OSError(f"the checkpoint of step {run.step} could not be written to {folder.parent} "
+                      f"({why}); {free / 2**30:.1f} GiB are free there; what was saved before is "
+                      "whole") from error
+    if rank() == 0:
+        partial.rename(folder)
+        for old in _checkpoints(run.output)[:-run.config.keep_checkpoints]:
+            shutil.rmtree(old)
+    everyone(None)
+
+
+def _write_checkpoint(run, partial):
+    """Write all files of a checkpoint, and then progress.json."""
+    import torch
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
     if rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -321,12 +585,39 @@ def save(run: Any) -> None:
         torch.save(state, partial / f"method-{rank()}.pt")
     bad = sum(everyone(run.bad))
     if rank() == 0:
-        progress = {"step": run.step, "processes": world_size(), "bad_samples": bad}
-        (partial / "progress.json").write_text(json.dumps(progress))
-        partial.rename(folder)
-        for old in sorted(folder.parent.glob("step-??????"))[:-run.config.keep_checkpoints]:
-            shutil.rmtree(old)
-    everyone(None)
+        progress = {"step": run.step, "processes": world_size(), "bad_samples": bad,
+                    "files": _sums(partial)}
+        write_whole(partial / "progress.json",
+                    json.dumps(progress | {"sum": digest(progress)}, indent=1))
+
+
+def _sums(folder):
+    """Return size and digest of every file in a folder, by its path there."""
+    def summed(path):
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return [path.stat().st_size, found]
+
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor() as pool:
+        return {str(path.relative_to(folder)): sizes
+                for path, sizes in zip(paths, pool.map(summed, paths))}
+
+
+def damage(folder: Path) -> str:
+    """Return what is wrong with a checkpoint, "" where it is as it was written."""
+    try:
+        progress = read_json(folder / "progress.json")
+        require(progress.pop("sum") == digest(progress), "progress.json has other bytes")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return f"progress.json: {error}"
+    found = _sums(folder)
+    for name, sizes in progress["files"].items():
+        if found.get(name) != sizes:
+            size, now = sizes[0], found.get(name, [None])[0]
+            return f"{name} " + ("is missing" if now is None else f"has {now} bytes, not {size}"
+                                 if now != size else "has other bytes")
+    return ""
 
 
 def _training_state(run):
@@ -345,14 +636,38 @@ def _alone():
         yield
 
 
+def _checkpoints(output):
+    """Return the folders of a run's checkpoints, oldest first."""
+    found = (Path(output) / "checkpoints").glob("step-" + 6 * "[0-9]")
+    return sorted(path for path in found if path.is_dir())
+
+
 def newest_checkpoint(output: str | Path) -> Path | None:
     """Return the folder of the newest complete checkpoint, None where there is none."""
-    return max((Path(output) / "checkpoints").glob("step-??????"), default=None)
+    return next(reversed(_checkpoints(output)), None)
+
+
+def undamaged_checkpoint(output: Path) -> Path | None:
+    """Return the newest checkpoint that is as it was written; name those that are not.
+
+    What a kill or a full disk has left of others goes. ValueError where all are damaged.
+    """
+    for partial in (output / "checkpoints").glob("*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+    reasons = []
+    for folder in reversed(_checkpoints(output)):
+        if not (reason := damage(folder)):
+            print("".join(f"{r}: going on from {folder.name}\n" for r in reasons), end="",
+                  file=sys.stderr)
+            return folder
+        reasons.append(f"{folder} is damaged ({reason})")
+    require(not reasons, f"no checkpoint can be read: {'; '.join(reasons)}")
+    return None
 
 
 def resume(run: Any) -> None:
     """Go on from the newest checkpoint; log lines of steps that will be repeated are cut."""
-    folder = newest_checkpoint(run.output)
+    folder, = everyone(undamaged_checkpoint(run.output) if rank() == 0 else None)[:1]
     if folder is None:
         say(f"{run.output} has no checkpoint yet: starting from the beginning")
         progress = {"step": 0, "bad_samples": 0}
@@ -363,11 +678,17 @@ def resume(run: Any) -> None:
                 f"not {world_size()}")
         _load(run, folder, progress["step"])
     run.step, run.bad = progress["step"], progress["bad_samples"] if rank() == 0 else 0
-    if rank() == 0:
-        cut(run.output / "metrics.jsonl", run.step - 1)
-        cut(run.output / "patches.jsonl", run.step - 1)
-        cut(run.output / "eval.jsonl", run.step if run.step < run.steps else run.step - 1)
-    everyone(None)
+
+
+def cut_logs(run: Any) -> None:
+    """Drop what a run's logs say of steps that are still to be made."""
+    for name in ("metrics", "patches", "bad_samples"):
+        cut(run.output / f"{name}.jsonl", run.step - 1)
+    cut(run.output / "eval.jsonl", run.step)  # evaluated after so many steps
+    if (samples := run.output / "samples.md").exists():
+        parts = re.split(r"(?m)^(?=## step \d+, sample )", samples.read_text(encoding="utf-8"))
+        kept = [part for part in parts if part and int(part.split()[2].rstrip(",")) < run.step]
+        write_whole(samples, "".join(kept))
 
 
 def _load(run, folder, step):

@@ -26,8 +26,8 @@ import numpy as np
 
 from guard import asked_text, blind_leak, check_money, leak, money, prices, words
 from patch import (ANSWER, ERROR_TYPES, QUERY_KINDS, Patch, alignment, answer_in, crop,
-                   parse_index, parse_number, parse_patch, parse_region, patch_from_evidence,
-                   places, plain)
+                   outside_clip, parse_index, parse_number, parse_patch, parse_region,
+                   patch_from_evidence, places, plain)
 from video import jpeg, originals
 
 # --- teachers -------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ class Annotated(Teacher):
     """Teacher that writes patches from the sample's `evidence` annotation, without any model."""
 
     def diagnose_full(self, sample: Any, response: str) -> Diagnosis:
-        """Return the sample's evidence as a patch; failed without evidence or clip."""
+        """Return the sample's evidence as a patch; failed without any, or outside the clip."""
         return self._counted(self._diagnosis(sample, response))
 
     def tell(self, task: str, sample: Any, response: str):
@@ -140,6 +140,8 @@ class Annotated(Teacher):
     def _diagnosis(self, sample, response: str) -> Diagnosis:
         if not sample.evidence or sample.clip is None:
             return Diagnosis(None, "failed", "no evidence" if sample.clip else "no clip")
+        if problem := outside_clip(sample):
+            return Diagnosis(None, "failed", problem)
         return Diagnosis(patch_from_evidence(sample, response), "patched")
 
 
@@ -620,7 +622,7 @@ class Service(Teacher):
             messages.append({"role": "user", "content": [*results, marks[-1]]})
             if len(marks) > 2:  # an API takes four marks: the frames' and those of the latest turns
                 marks.pop(0).pop("cache_control")
-        return Diagnosis(None, *(("refused", leaks[-1]) if leaks else ("failed", problem)))
+        return Diagnosis(None, *(("refused", leaks[0]) if leaks else ("failed", problem)))
 
     async def _judge(self, sample, response, given, usage) -> tuple[Patch | None, str]:
         """Return a submitted patch and what is wrong with it, "" if it may pass."""

@@ -13,7 +13,7 @@ FOLDER/warm.json        rows with a `process` for the warm start, of two kinds: 
 FOLDER/template.txt     the question's wording
 FOLDER/model/           a Qwen2.5-VL of under a million weights, with tokenizer and processor
 
-No clip is in two of the files.
+No clip is in two of the files. heldout.json is written last: where it is, the world is complete.
 
 Dimensions: F frames of a clip; h, w pixels.
 """
@@ -289,6 +289,7 @@ def make(folder: Path | str, seed: int = 0, train: int = 480, heldout: int = 200
     """
     folder, made = Path(folder), {}
     (folder / "videos").mkdir(parents=True, exist_ok=True)
+    (folder / "heldout.json").unlink(missing_ok=True)  # of a world that this one replaces
     for split, count in (("train", train), ("heldout", heldout), ("warm", warm)):
         rng = random.Random(f"{seed} {split}")
         share = {"train": 0.0, "heldout": None, "warm": guessed}[split]
@@ -297,8 +298,10 @@ def make(folder: Path | str, seed: int = 0, train: int = 480, heldout: int = 200
         print(f"{folder / split}.json: {count} questions on {clips} clips")
     (folder / "template.txt").write_text(TEMPLATE)
     save_student(folder / "model", seed, pretrained)
-    for split, part in made.items():  # last, so that a world is complete where these files are
-        (folder / f"{split}.json").write_text(json.dumps(part, indent=1))
+    for split in ("train", "warm", "heldout"):  # a world is complete where heldout.json is
+        partial = folder / f"{split}.partial"
+        partial.write_text(json.dumps(made[split], indent=1))
+        partial.rename(folder / f"{split}.json")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,7 +13,8 @@ resumed run repeats the interrupted one.
 import json
 import math
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,13 @@ import toy
 from data import Sample
 from guard import check_money
 from model import Student
-from patch import EVIDENCE_LEVELS, Patch, alignment, patch_images, render
-from runs import (Phases, Stopper, append, changed, claim, end_processes, everyone, flag, leave,
-                  newest_checkpoint, parse, peak_memory, rank, read_log, read_rows, require,
-                  require_positive, resume, save, say, start_processes, world_size, write_whole)
-from teacher import Teacher, TeacherConfig, make_teacher
+from patch import EVIDENCE_LEVELS, Patch, alignment, outside_clip, patch_images, render
+from runs import (BROKEN, Folder, Phases, Stopper, about, append, changed, cut_logs, digest,
+                  end_processes, everyone, flag, going_on, leave, metrics, newest_checkpoint, parse,
+                  peak_memory, postfix, rank, read_folders, read_json, read_log, read_rows,
+                  read_text, require, require_positive, resume, save, say, start_processes, summary,
+                  waiting_for, world_size, write_whole)
+from teacher import STATS, Teacher, TeacherConfig, make_teacher
 from video import MAX_IMAGE_PIXELS, Clip, ClipLoader, FrameCache
 
 
@@ -45,6 +48,8 @@ class Config:
     video_root: str = flag("", "folder of the media, or a JSON map from data_source to folder")
     eval_data: str = flag("", "held-out questions, answered greedily at the start and the end")
     eval_every: int = flag(0, "steps between further evaluations; 0: at the start and end only")
+    eval_patches: str = flag("auto", "repair failed held-out answers too; auto: if annotated",
+                             ("auto", "yes", "no"))
     output: str = flag("", "folder of the run; empty: runs/METHOD-1, runs/METHOD-2, ...")
     method: str = flag("ffr", "what to train with, see docs/methods.md", tuple(methods.METHODS))
     # the student's rollouts
@@ -138,33 +143,44 @@ TOY_WARM = dict(method="sft", steps=60, batch_prompts=24, lr=1e-3, warmup_steps=
                 max_grad_norm=1.0, save_every=10**6, **TOY_SEEN)
 TOY = dict(steps=60, batch_prompts=8, lr=4e-4, beta=0.0, save_every=20, **TOY_SEEN)
 EVAL_PROMPTS = 32  # prompts decoded together in an evaluation
+FIRST_STEPS = 3  # after which is said what has gone wrong in all of them
 PREFIX_BYTES = 2**30  # pixels of processed prompts kept in memory
 
 
 def check(config: Config) -> None:
     """Refuse settings that cannot work, each in one sentence naming the flag."""
-    require_positive(config, "rollouts", "max_completion", "frames", "max_pixels", "batch_prompts",
-                     "epochs", "lr", "updates_per_batch", "micro_tokens", "save_every",
-                     "keep_checkpoints", "shape_gamma", "sd_sync")
+    require_positive(config, "rollouts", "max_completion", "max_prompt", "frames", "max_pixels",
+                     "max_image_pixels", "batch_prompts", "epochs", "lr", "updates_per_batch",
+                     "micro_tokens", "save_every", "keep_checkpoints", "shape_gamma", "sd_sync",
+                     "temperature", "top_p", "pass_mark", "clip_low", "clip_high", "max_grad_norm",
+                     "teacher_rounds", "teacher_timeout", "teacher_step_timeout", "decode_seconds",
+                     "length_low")
+    for name in ("steps", "warmup_steps", "weight_decay", "beta", "kappa", "alignment_weight",
+                 "dynamic_sampling", "sd_horizon", "sd_topk", "sd_clip", "blind_test", "eval_every",
+                 "teacher_budget", "decode_workers", "frame_cache_gb", "seed", "replay_share",
+                 "replay_start", "sd_lambda", "sd_ema"):
+        value = getattr(config, name)
+        require(value >= 0, f"--{name} must not be negative, got {value}")
+    for name, most in (("top_p", 1), ("pass_mark", 1), ("clip_low", 1), ("replay_share", 1),
+                       ("replay_start", 1), ("sd_lambda", 1), ("sd_ema", 1), ("kappa", 2)):
+        value = getattr(config, name)
+        require(value <= most, f"--{name} must be at most {most}, got {value}")
     require(config.frames % 2 == 0,
             f"--frames must be even (temporal patches of two), got {config.frames}")
-    require(config.temperature > 0 and 0 < config.top_p <= 1,
-            "--temperature must be above 0 and --top_p in (0, 1]")
+    require(config.length_low <= config.length_high, "--length_low must not exceed --length_high")
     require(config.data, "--data is missing: a Video-R1 JSON or JSONL file")
     require(not methods.METHODS[config.method].compares or config.rollouts >= 2,
             "--rollouts must be at least 2: advantages compare a group's rollouts")
-    repairs = config.method in ("ffr", "ffr_visd") and config.train_on != "original"
-    require(config.score_under != "plain" or repairs,
-            "--score_under plain is for repairs that are trained: --method ffr or ffr_visd, "
-            "--train_on chosen")
-    shares = config.replay_share, config.sd_lambda, config.sd_ema
-    require(all(0 <= share <= 1 for share in shares), "--replay_share, --sd_lambda and "
-            "--sd_ema are shares between 0 and 1")
-    require(min(config.dynamic_sampling, config.sd_horizon, config.sd_topk) >= 0,
-            "--dynamic_sampling, --sd_horizon and --sd_topk must not be negative")
     check_money(config.teacher_price, config.teacher_budget, "--teacher")
     require(set(config.teacher_prompt.split(",")) <= {"analysis", "negative", "tools", ""},
             "--teacher_prompt is a list of analysis, negative and tools")
+
+
+def refuse_useless(config: Config, given: set[str]) -> None:
+    """Refuse a flag that was given and changes nothing in this run, in one sentence."""
+    for name, (heeded, where) in methods.useful(config).items():
+        require(heeded or name not in given, f"--{name} changes nothing in this run: it is for "
+                f"{where}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -184,30 +200,33 @@ class Run:
         self.method = methods.METHODS[config.method](config)
         self.teacher = teacher_of(config) if self.method.asks else None
         self.diagnose = self.teacher.submit if self.method.repairs else None
-        if rank() == 0:
-            self._start_folder()
-        everyone(None)
+        self.eval_patches = config.eval_patches == "yes" or (
+            config.eval_patches == "auto" and config.teacher == "annotated")
+        self._count_evidence()
         self._load_student()
-        self.loader = ClipLoader(
-            frames=config.frames, max_pixels=config.max_pixels, factor=self.prompts.factor,
-            max_image_pixels=config.max_image_pixels, workers=config.decode_workers,
-            time_limit=config.decode_seconds,
-            cache=FrameCache(config.frame_cache or self.output / "frames",
-                             int(config.frame_cache_gb * 2**30)))
         self.sampling = ffr.Sampling(config.max_completion, config.temperature, config.top_p,
                                      config.pass_mark)
         per_step = config.batch_prompts * world_size()
         self.steps = config.steps or max(1, int(config.epochs * len(self.samples)) // per_step)
         self.prefixes, self.prefix_bytes = OrderedDict(), 0
-        self.epoch, self.step, self.bad, self.stats, self.stopper = None, 0, 0, {}, Stopper()
+        self.epoch, self.step, self.bad, self.stats = None, 0, 0, {}
+        self.decoded_any, self.wrong = False, set()  # ids of samples with evidence that is wrong
+        files = {name: getattr(config, name) for name in ("data", "eval_data", "template")}
+        now = about(files, identity(self.student))
         if config.resume:
+            self._refuse_other(now)
             resume(self)
+        if rank() == 0:
+            self._start_folder(now)
+        everyone(None)
+        self.loader = self._loader()
+        self.stopper = Stopper()
 
     def _load(self, path):
         """Return the samples of a file whose media exist; the others are named and left out."""
         if not path:
             return []
-        samples = data.load_samples(read_rows(path), self.config.video_root)
+        samples = data.load_samples(read_rows(path), read_folders(self.config.video_root))
         require(samples, f"{path} holds no samples")
         for sample in samples:
             try:
@@ -223,17 +242,49 @@ class Run:
         absent = {sample.id for sample in missing}
         return [sample for sample in samples if sample.id not in absent]
 
-    def _start_folder(self):
-        claim(self.output, "config.json", self.config.resume)
-        if not self.config.resume:
-            for sample in self.missing:
-                self.record_bad(sample, "no such file")
-        write_whole(self.output / "config.json", json.dumps(asdict(self.config), indent=1))
+    def _count_evidence(self):
+        """Refuse FFR whose annotated teacher cannot write a patch: it would be GRPO, unsaid."""
+        if self.method.repairs and self.method.compares and self.config.teacher == "annotated":
+            n = sum(bool(sample.evidence) for sample in self.samples)
+            require(n, f"--method {self.config.method} with --teacher annotated: no sample of "
+                    f"{self.config.data} has evidence, so nothing would ever be repaired; use "
+                    "--teacher anthropic, or --method grpo")
+            say(f"{n} of {len(self.samples)} samples have evidence for the annotated teacher")
 
-    def record_bad(self, sample: Sample, reason: str) -> None:
+    def _refuse_other(self, now):
+        """Refuse to go on with another student or other contents under the same flags."""
+        path = self.output / "config.json"
+        before = read_json(path).get("about", {}) if path.exists() else {}
+        pairs = {"model": (before.get("student"), now["student"])} | {
+            name: (before.get("files", {}).get(name), found)
+            for name, found in now["files"].items()}
+        for name, (was, found) in pairs.items():
+            require(was is None or was == found, f"--{name} {getattr(self.config, name)} is not "
+                    f"what the run in {self.output} was started with")
+
+    def _start_folder(self, now):
+        """Write down what the run is, once and as soon as it is known to be possible."""
+        path = self.output / "config.json"
+        if self.config.resume:
+            cut_logs(self)
+        if not path.exists():
+            self.output.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps({**asdict(self.config), "about": now}, indent=1))
+            for sample in self.missing:
+                self.record_bad(sample, "no such file", step=-1)
+
+    def _loader(self):
+        config = self.config
+        cache = FrameCache(config.frame_cache or self.output / "frames",
+                           int(config.frame_cache_gb * 2**30))
+        return ClipLoader(config.frames, config.max_pixels, self.prompts.factor,
+                          config.max_image_pixels, config.decode_workers, config.decode_seconds,
+                          cache)
+
+    def record_bad(self, sample: Sample, reason: str, step: int | None = None) -> None:
         """Note a sample whose file cannot be used."""
-        append(self.output / "bad_samples.jsonl",
-               {"id": sample.id, "media": sample.media, "reason": reason})
+        row = {"step": self.step if step is None else step, "id": sample.id}
+        append(self.output / "bad_samples.jsonl", row | {"media": sample.media, "reason": reason})
 
     def _load_student(self):
         config = self.config
@@ -246,7 +297,8 @@ class Run:
         compared = config.beta > 0 and self.method.compares
         self.reference = load(trainable=False) if compared else None
         self.method.start(load)
-        self.prompts = data.Prompts(self.student.processor, data.read_template(config.template))
+        template = read_text(config.template) if config.template else None
+        self.prompts = data.Prompts(self.student.processor, template)
         self.student.text = self.prompts.text
         self.prompts.refuse_long([*self.samples, *self.eval_samples], config.max_prompt,
                                  config.frames, config.max_pixels, config.max_image_pixels)
@@ -293,9 +345,15 @@ class Run:
             ready, reason = self.loader.get(sample)
             if ready is not None:
                 loaded.append(ready)
+                if (wrong := outside_clip(ready)) and sample.id not in self.wrong:
+                    self.wrong.add(sample.id)
+                    self.record_bad(sample, wrong)
             else:
                 self.bad += 1
                 self.record_bad(sample, reason)
+                require(self.decoded_any or loaded or self.bad < len(self.samples),
+                        f"not one of {self.bad} files could be read; sample {sample.id}: {reason}")
+        self.decoded_any = self.decoded_any or bool(loaded)
         return loaded
 
     def prefix(self, sample: Sample) -> data.Segment:
@@ -311,7 +369,7 @@ class Run:
 
     def taught(self) -> dict[str, float]:
         """Return what the teacher did since this was last asked."""
-        stats = self.teacher.stats() if self.teacher else {}
+        stats = self.teacher.stats() if self.teacher else dict.fromkeys(STATS, 0)
         before, self.stats = self.stats, stats
         return {name: count - before.get(name, 0) for name, count in stats.items()}
 
@@ -340,6 +398,18 @@ class Run:
         """Return a patch as the segment between question and completion."""
         images = patch_images(patch, sample.clip.frames, self.config.evidence)
         return self.prompts.suffix(render(patch, self.config.evidence), images)
+
+
+def identity(student: Student) -> str:
+    """Return a digest of a student's architecture: its config, names and shapes of weights."""
+    passing = {"dtype", "torch_dtype", "transformers_version", "_name_or_path"}
+
+    def lasting(value):
+        return {k: lasting(v) for k, v in value.items() if k not in passing} \
+            if isinstance(value, dict) else value
+
+    shapes = {name: list(p.shape) for name, p in student.model.named_parameters()}
+    return digest(lasting(json.loads(student.model.config.to_json_string())), shapes)
 
 
 def teacher_of(config: Config) -> Teacher:
@@ -389,19 +459,21 @@ def update(run: Run, groups: list[ffr.Group], phases: Phases) -> dict:
         with phases("reference"), torch.no_grad():
             for batch in batches:
                 batch.ref_logp_T, _ = score(run.reference, batch, config)
-    sums = {"lr": lr}
+    sums, ratios = {"lr": lr}, Counter()
     for turn in range(config.updates_per_batch):
         with phases("train"):
             one = backward(run, batches, entropy=turn == 0)
             norm = torch.nn.utils.clip_grad_norm_(run.student.parameters(), config.max_grad_norm)
             norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-            stop_if_broken(run, one.pop("broken"), norm)
+            stop_if_broken(run, one.pop("broken"), norm, turn)
             run.optimizer.step()
             run.optimizer.zero_grad()
         if turn == 0:
             sums.update(one, grad_norm=norm)
+        ratios.update({f"{name}_of_all": one.get(name, 0)
+                       for name in ("clipped", "tokens")})
     run.method.after(run, groups)
-    return sums
+    return sums | ratios
 
 
 def score(student: Student, batch: ffr.MicroBatch, config: Config, entropy: bool = False) -> tuple:
@@ -430,15 +502,22 @@ def backward(run: Run, batches: list[ffr.MicroBatch], entropy: bool) -> dict:
     return sums
 
 
-def stop_if_broken(run: Run, broken: list[str], norm: float) -> None:
-    """End the run before a loss or gradient that is not finite reaches the weights."""
+def stop_if_broken(run: Run, broken: list[str], norm: float, turn: int) -> None:
+    """End the run before a loss or gradient that is not finite reaches the weights.
+
+    Before a step's first update the weights are those of the step before, and are saved; after
+    it they belong to no step, and the last checkpoint has to do.
+    """
     broken = sorted({sample for samples in everyone(broken) for sample in samples})
     if broken or not math.isfinite(norm):
         run.optimizer.zero_grad()
-        save(run)
+        if turn == 0:
+            save(run)
+        kept = newest_checkpoint(run.output)
         raise FloatingPointError(
-            f"step {run.step}: the loss or its gradient is not finite; saved as before the update; "
-            f"samples: {', '.join(broken) or 'any of this step'}")
+            f"step {run.step}, update {turn + 1}: the loss or its gradient is not finite; the run "
+            f"is saved up to {kept.name if kept else 'its start'}; samples: "
+            f"{', '.join(broken) or 'any of this step'}")
 
 
 def filler(run: Run) -> ffr.MicroBatch:
@@ -456,44 +535,58 @@ def filler(run: Run) -> ffr.MicroBatch:
 
 
 @torch.no_grad()
-def evaluate(run: Run) -> dict:
-    """Answer the held-out questions greedily: alone, and with a patch after each failed try."""
+def evaluate(run: Run) -> int:
+    """Answer the held-out questions greedily: alone and, by --eval_patches, with patches as well.
+
+    Writes a line of eval.jsonl. A stop is heeded between two batches; then there is no line, and
+    the signal's number is returned, else 0.
+    """
     mine, greedy = run.eval_samples[rank()::world_size()], replace(run.sampling, temperature=0.0)
-    totals, bad = [0, 0.0, 0.0], run.bad
+    totals, bad, diagnose = [0, 0.0, 0.0], run.bad, run.diagnose if run.eval_patches else None
     parts = [mine[i:i + EVAL_PROMPTS] for i in range(0, len(mine), EVAL_PROMPTS)]
+    run.taught()  # what the step asked is not the evaluation's
     with run.student.gathered():
         for part, following in zip(parts, parts[1:] + [[]]):
+            if run.stopper.asked:
+                break
             run.loader.submit(part + following)
             groups = [ffr.Group(s, run.prompts.prefix(s)) for s in run.decoded(part)]
             if groups:
                 cache = run.student.prefill([group.prefix for group in groups])
-                run.find(cache, groups, "eval", 1, greedy)
-                ffr.fix(groups, run.diagnose)
+                ffr.find(run.student, cache, groups, run.prompts.header, run.score, diagnose,
+                         "eval", 1, greedy)
+                ffr.fix(groups, diagnose)
                 run.reason(cache, groups, "eval", greedy)
                 slots = [group.slots[0] for group in groups]
                 found = (len(slots), sum(slot.first.accuracy for slot in slots),
                          sum(slot.chosen.accuracy for slot in slots))
                 totals = [a + b for a, b in zip(totals, found)]
-    n, right, patched, bad = (sum(x) for x in zip(*everyone((*totals, run.bad - bad))))
-    row = {"step": run.step, "n": n, "undecodable": bad, "accuracy": right / max(n, 1),
-           "accuracy_with_patches": patched / max(n, 1) if run.method.repairs else None}
-    if rank() == 0:
-        append(run.output / "eval.jsonl", row)
-    return row
+    *counts, stops, taught = zip(*everyone((*totals, run.bad - bad, run.stopper.asked,
+                                            run.taught())))
+    n, right, patched, bad = map(sum, counts)
+    if rank() == 0 and not any(stops):
+        append(run.output / "eval.jsonl", {
+            "step": run.step, "n": n, "undecodable": bad, "accuracy": right / max(n, 1),
+            "accuracy_with_patches": patched / max(n, 1) if diagnose else None,
+            "teacher": {name: sum(t[name] for t in taught) for name in taught[0]}})
+    return max(stops)
 
 
 # ---------------------------------------------------------------------------------------------
 # Logs
 
 
-def log(run: Run, groups: list[ffr.Group], sums: dict, phases: Phases) -> tuple[dict, bool]:
+def log(run: Run, groups: list[ffr.Group], sums: dict, phases: Phases) -> tuple[dict, int]:
     """Write a line of metrics.jsonl for all ranks, this rank's of patches.jsonl, and samples.md.
 
-    Returns the metrics, and whether any rank was asked to stop.
+    Returns the metrics, and the number of the signal that asked any rank to stop, else 0.
     """
+    reasons = Counter()
     for group in groups:
         for i, slot in enumerate(group.slots):
             if slot.diagnosis is not None:
+                if slot.patch is None:
+                    reasons[slot.diagnosis.result().reason] += 1
                 append(run.output / "patches.jsonl", patch_row(run.step, group.sample, i, slot))
     own = [(g.sample, s) for g in groups for s in g.slots if not s.off_policy]
     both = [r for _, slot in own for r in (slot.first, slot.repair) if r is not None]
@@ -501,49 +594,13 @@ def log(run: Run, groups: list[ffr.Group], sums: dict, phases: Phases) -> tuple[
         "totals": ffr.measure(groups), "method": run.method.figures(), "sums": sums,
         "seconds": phases.all(), "bad": run.bad,
         "sampled": sum(len(rollout.ids_C) for rollout in both), "memory": peak_memory(run.device),
-        "teacher": run.taught(), "stop": run.stopper.asked})
+        "teacher": run.taught(), "stop": run.stopper.asked, "reasons": reasons})
     row = metrics(run.step, ranks)
     if rank() == 0:
         append(run.output / "metrics.jsonl", row)
         if run.step % max(1, run.steps // 10) == 0 and own:
             write_sample(run, own)
-    return row, any(r["stop"] for r in ranks)
-
-
-def metrics(step: int, ranks: list[dict]) -> dict:
-    """Return the line of metrics.jsonl from what every rank counted; a mean over nothing is null.
-
-    The seconds are those of the slowest rank.
-    """
-    def ratio(name, part="totals"):
-        parts = [r[part].get(name, (0, 0)) for r in ranks]
-        count = sum(n for _, n in parts)
-        return sum(total for total, _ in parts) / count if count else None
-
-    def add(name, part="sums"):
-        return sum(r[part].get(name, 0) for r in ranks)
-
-    tokens = max(add("tokens"), 1)
-    kinds = {name[12:] for r in ranks for name in r["totals"] if name.startswith("repair_rate/")}
-    counted = {kind: sum(r["totals"].get(f"repair_rate/{kind}", (0, 0))[1] for r in ranks)
-               for kind in sorted(kinds)}
-    names = dict.fromkeys(name for r in ranks for name in r["seconds"])
-    seconds = max((r["seconds"] for r in ranks), key=lambda s: s["step"])
-    sampling = seconds.get("decode", 0.0) + seconds.get("repair", 0.0)
-    means = ("reward", "accuracy", "format", "intervention_ratio", "repair_rate", "chosen_accuracy",
-             "alignment", "advantage_zero_fraction", "completion_length", "finished")
-    return {
-        "step": step, "loss": add("loss"), **{name: ratio(name) for name in means},
-        "repair_rate_by_error": {kind: ratio(f"repair_rate/{kind}") for kind in counted},
-        "error_types": counted, "kl": add("kl") / tokens, "entropy": add("entropy") / tokens,
-        "clip_fraction": add("clipped") / tokens, "logp_mismatch": add("mismatch") / tokens,
-        "grad_norm": ranks[0]["sums"]["grad_norm"], "lr": ranks[0]["sums"]["lr"],
-        **{name: ratio(name, "method") for name in ranks[0]["method"]},
-        "bad_samples": sum(r["bad"] for r in ranks),
-        "teacher": {name: add(name, "teacher") for name in ranks[0]["teacher"]},
-        "tokens_per_second": sum(r["sampled"] for r in ranks) / (sampling or 1.0),
-        "peak_memory_gb": max(r["memory"] for r in ranks),
-        "seconds": {name: seconds.get(name, 0.0) for name in names}}
+    return row, max(r["stop"] for r in ranks)
 
 
 def patch_row(step: int, sample: Sample, i: int, slot: ffr.Slot) -> dict:
@@ -571,7 +628,7 @@ def write_sample(run: Run, slots: list[tuple[Sample, ffr.Slot]]) -> None:
         parts += ["patch", quote(render(slot.patch, run.config.evidence)),
                   f"repair (accuracy {slot.repair.accuracy:g})", quote(slot.repair.text)]
     parts.append(f"reward {slot.reward:.3f}, advantage {slot.advantage:+.3f}")
-    with open(run.output / "samples.md", "a") as file:
+    with open(run.output / "samples.md", "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write("\n\n".join(parts) + "\n\n")
 
 
@@ -579,18 +636,32 @@ def write_sample(run: Run, slots: list[tuple[Sample, ffr.Slot]]) -> None:
 # The loop
 
 
-def train(config: Config, device: torch.device, dtype: torch.dtype) -> bool:
-    """Run `config` to its end; return whether it got there (and not a stop signal first)."""
-    run = Run(config, device, dtype)
+def train(config: Config, device: torch.device, dtype: torch.dtype) -> int:
+    """Run `config` to its end; return 0, or the number of the signal that stopped it first."""
+    folder = None
+    if rank() == 0:
+        folder = Folder(Path(config.output), "config.json", config.resume) if config.output else \
+            Folder.numbered(f"runs/{config.method}", "config.json")
+    try:
+        output, = everyone(folder and str(folder.path))[:1]
+        run = Run(replace(config, output=output), device, dtype)
+        if folder:
+            folder.keep()
+        return to_the_end(run)
+    finally:
+        if folder:
+            folder.close()
+
+
+def to_the_end(run: Run) -> int:
+    """Take the steps that are left; return 0, or the number of the signal that stopped the run."""
+    config, stopped, rows = run.config, 0, []
     say(f"{config.method}: {len(run.samples)} samples, {run.steps} steps of "
         f"{config.batch_prompts * world_size()} prompts; {changed(config)}")
-    stopped = False
     bar = tqdm(total=run.steps, initial=run.step, disable=rank() != 0, desc=config.method)
     try:
-        if run.eval_samples and run.step == 0 and not (run.output / "metrics.jsonl").exists():
-            evaluate(run)
-        while run.step < run.steps and not stopped:
-            phases = Phases(device)
+        while not (stopped := evaluate_if_due(run)) and run.step < run.steps:
+            phases = Phases(run.device)
             run.taught()  # what an evaluation asked is not the step's
             groups = run.method.fill(run, run.step, phases)
             sums = update(run, groups, phases)
@@ -598,99 +669,125 @@ def train(config: Config, device: torch.device, dtype: torch.dtype) -> bool:
             run.step += 1
             bar.set_postfix_str(postfix(row), refresh=False)
             bar.update()
-            ended = run.step == run.steps
-            if stopped or ended or run.step % config.save_every == 0:
+            rows.append(row)
+            if len(rows) == FIRST_STEPS:
+                warn(rows)
+            if stopped or run.step == run.steps or run.step % config.save_every == 0:
                 save(run)
-            due = config.eval_every and run.step % config.eval_every == 0
-            if run.eval_samples and due and not (stopped or ended):
-                evaluate(run)
-        bar.close()
-        if stopped:
-            say(f"stopped after step {run.step}, saved; go on with --resume --output {run.output}")
-        elif run.eval_samples:  # also of a run that was killed between its last step and here
-            evaluate(run)
-            say(summary(run))
+            if stopped:
+                break
+        if stopped and run.step:  # perhaps within an evaluation, between two checkpoints
+            save(run)
     finally:
+        bar.close()
         run.loader.close()
         run.stopper.close()
         if run.teacher:
             run.teacher.close()
-    return not stopped
+    say(conclusion(run, stopped))
+    return stopped
 
 
-def postfix(row: dict) -> str:
-    """Return what of a step the progress bar shows."""
-    shown = {"loss": "loss", "acc": "accuracy", "chosen": "chosen_accuracy", "kl": "kl",
-             "help": "intervention_ratio", "repair": "repair_rate", "tok/s": "tokens_per_second"}
-    return " ".join(f"{short} {row[name]:.2f}" for short, name in shown.items() if row[name])
+def evaluate_if_due(run: Run) -> int:
+    """Evaluate at the start, every --eval_every steps and at the end, where eval.jsonl lacks it.
+
+    Returns the number of the signal that stopped it, else 0.
+    """
+    every, step = run.config.eval_every, run.step
+    due = step in (0, run.steps) or every and step % every == 0
+    if not run.eval_samples or not due:
+        return 0
+    done = {row["step"] for row in read_log(run.output / "eval.jsonl")} if rank() == 0 else None
+    return 0 if step in everyone(done)[0] else evaluate(run)
 
 
-def summary(run: Run) -> str:
-    """Return held-out accuracy before and after, and how the need for help changed."""
+def warn(rows: list[dict]) -> None:
+    """Say what the first steps show to be wrong: no answer in its format, a teacher that fails."""
+    if not any(row["format"] for row in rows if row["format"] is not None):
+        say(f"warning: no completion of {len(rows)} steps kept the <think>...<answer> format: is "
+            "--template the wording that the student was trained with?")
+    asked = sum(row["teacher"]["calls"] for row in rows)
+    reasons = sum((Counter(row["unpatched_by_reason"]) for row in rows), Counter())
+    if reasons and 2 * reasons.total() > asked:
+        say(f"warning: {reasons.total()} of {asked:.0f} diagnoses brought no patch, mostly: "
+            f"{reasons.most_common(1)[0][0]}")
+
+
+def conclusion(run: Run, stopped: int) -> str:
+    """Return what became of a run: accuracy and help, what could not be read, what to type next."""
     evals, rows = (read_log(run.output / name) for name in ("eval.jsonl", "metrics.jsonl"))
-    quarter = max(1, len(rows) // 4)
-
-    def mean(part, name):
-        values = [row[name] for row in part if row[name] is not None]
-        return sum(values) / len(values) if values else None
-
-    def line(label, *values):
-        return f"  {label:22}" + "".join("-".rjust(15) if value is None else
-                                         f"{100 * value:13.1f} %" for value in values)
-
-    return "\n".join((
-        f"held-out ({evals[-1]['n']} questions)".ljust(24) + f"{'before':>15}{'after':>15}",
-        line("without patches", evals[0]["accuracy"], evals[-1]["accuracy"]),
-        line("with patches", *(e["accuracy_with_patches"] for e in (evals[0], evals[-1]))),
-        "training".ljust(24) + f"{'first quarter':>15}{'last quarter':>15}",
-        *(line(name.replace("_", " "), mean(rows[:quarter], name), mean(rows[-quarter:], name))
-          for name in ("intervention_ratio", "repair_rate"))))
+    bad = read_log(run.output / "bad_samples.jsonl")
+    lines = summary(evals, rows) if evals and rows and not stopped else []
+    if bad:
+        lines.append(f"{len({row['id'] for row in bad})} samples could not be used: "
+                     + str(run.output / "bad_samples.jsonl"))
+    if stopped:
+        return "\n".join([*lines, f"stopped after step {run.step}, saved; to go on: python "
+                          f"train.py --resume --output {run.output}"])
+    newest = newest_checkpoint(run.output)
+    return "\n".join([*lines, f"finished: {run.output}; to use it: --model {newest}"])
 
 
 def toy_config(config: Config, given: set[str], device: torch.device,
                dtype: torch.dtype) -> Config:
     """Return the toy world's settings; make it and its warm student where they are missing."""
     folder, warm = TOY_FOLDER, TOY_FOLDER / "warm"
-    if rank() == 0 and not (folder / "heldout.json").exists():
-        say(f"making the toy world in {folder}")
-        toy.make(folder)
-    everyone(None)
-    world = dict(
-        data=str(folder / "train.json"), eval_data=str(folder / "heldout.json"),
-        video_root=str(folder / "videos"), template=str(folder / "template.txt"),
-        frame_cache=str(folder / "frames"))
-    if not (warm / "checkpoints" / f"step-{TOY_WARM['steps']:06d}").exists():
-        say("warming the student up")
-        again = {"output": str(warm), "resume": (warm / "config.json").exists()}
-        source = {"model": str(folder / "model"), "data": str(folder / "warm.json")}
-        if not train(Config(**{**world, **TOY_WARM, **source, **again}), device, dtype):
-            sys.exit(1)
+    with waiting_for(folder) if rank() == 0 else nullcontext():
+        if rank() == 0 and not (folder / "heldout.json").exists():
+            say(f"making the toy world in {folder}")
+            toy.make(folder)
+        everyone(None)
+        world = dict(
+            data=str(folder / "train.json"), eval_data=str(folder / "heldout.json"),
+            video_root=str(folder / "videos"), template=str(folder / "template.txt"),
+            frame_cache=str(folder / "frames"))
+        if not (warm / "checkpoints" / f"step-{TOY_WARM['steps']:06d}").exists():
+            say("warming the student up")
+            again = {"output": str(warm), "resume": (warm / "config.json").exists()}
+            source = {"model": str(folder / "model"), "data": str(folder / "warm.json")}
+            if stopped := train(Config(**{**world, **TOY_WARM, **source, **again}), device, dtype):
+                sys.exit(128 + stopped)
     settings = {**world, **TOY, "model": str(newest_checkpoint(warm))}
     return replace(config, **{name: settings[name] for name in settings if name not in given})
 
 
-def output_folder(config: Config) -> str:
-    """Return the folder given, else the next free runs/METHOD-N (the last one with --resume)."""
-    names = (path.name.rpartition("-") for path in Path("runs").glob(f"{config.method}-*"))
-    last = max((int(n) for method, _, n in names if method == config.method and n.isdigit()),
-               default=0)
-    number = last + (not (config.resume and last))
-    return config.output or everyone(f"runs/{config.method}-{number}")[0]
+# What a run may go on with other values of: where files lie, logs, workers, limits of time.
+FREE = {"output", "resume", "model", "data", "eval_data", "video_root", "template", "teacher_url",
+        "teacher_cache", "teacher_price", "teacher_budget", "teacher_timeout",
+        "teacher_step_timeout", "save_every", "keep_checkpoints", "eval_every", "decode_workers",
+        "decode_seconds", "frame_cache", "frame_cache_gb"}
+
+
+def last_output(method: str) -> str:
+    """Return the last runs/METHOD-N."""
+    names = (path.name.rpartition("-") for path in Path("runs").glob(f"{method}-*"))
+    last = max((int(n) for stem, _, n in names if stem == method and n.isdigit()), default=0)
+    return f"runs/{method}-{last}"
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train what the command line says."""
     config, given = parse(Config, argv, __doc__.split("\n\n")[0])
+    stopped = 0
     try:
+        if config.resume:
+            config = replace(config, output=config.output or last_output(config.method))
+            config = going_on(config, given, FREE)
+        elif not config.model:
+            require(not config.data, "--data needs --model: without, the toy world is trained on")
+        refuse_useless(config, given)
         device, dtype = start_processes(config.dtype, config.cuda_graphs, trains=True)
-        config = replace(config, output=output_folder(config))
         if not config.model:
             config = toy_config(config, given, device, dtype)
-        train(config, device, dtype)
+        stopped = train(config, device, dtype)
     except (ValueError, FileNotFoundError) as error:
         leave("train.py", error)
+    except OSError as error:
+        leave("train.py", error, BROKEN)
     finally:
         end_processes()
+    if stopped:
+        sys.exit(128 + stopped)
 
 
 if __name__ == "__main__":

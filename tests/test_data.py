@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import PIXELS, SPECIAL_TOKENS, SYSTEM, make_processor, make_video, sample
 from PIL import Image
-
+from tokenizers import normalizers
 import data
+import reward
 from data import Prompts, load_samples
-from runs import read_rows
+from runs import read_folders, read_rows
 from video import Clip, decode
 
 pytestmark = pytest.mark.quick
@@ -30,7 +31,7 @@ def row(**changes):
 def load(folder, *rows, text=None, root=None):
     path = folder / "rows.json"
     path.write_text(json.dumps(rows) if text is None else text, encoding="utf-8")
-    return load_samples(read_rows(path), root or folder)
+    return load_samples(read_rows(path), read_folders(root or folder))
 
 
 def test_all_five_kinds_are_read(tmp_path):
@@ -82,17 +83,22 @@ def test_evidence_and_process(tmp_path):
     ({"path": None}, "path is missing or not text"),
     ({"problem_type": "choice"}, "problem_type 'choice' is none of multiple choice, numerical, "),
     ({"data_type": "audio"}, "data_type 'audio' is none of video, image, frame"),
-    ({"solution": None}, "solution is missing or not text"),
+    ({"solution": None}, "solution is missing, or is not text or a finite number"),
     ({"solution": "<answer> </answer>"}, "solution holds no answer"),
     ({"options": None}, "a multiple choice question needs options"),
     ({"options": ["A. x", 3]}, "options is not a list of texts"),
     ({"options": ["A. x", "y"]}, "an option does not begin with its letter, as in 'A. red'"),
-    ({"options": ["A. x", "A. y"]}, "two options share a letter: A A"),
+    ({"options": ["A. x", "A. y"]}, "options are labelled A A, not A, B, C ... in order"),
+    ({"options": ["B. x", "A. y"]}, "options are labelled B A, not A, B, C ... in order"),
+    ({"options": ["A. x", "B. y", "D. z"]}, "options are labelled A B D, not A, B, C ... in order"),
+    ({"options": ["B. x", "C. y"]}, "options are labelled B C, not A, B, C ... in order"),
     ({"solution": "<answer>C</answer>"}, "gold answer 'C' is none of A B"),
     ({"solution": "<answer>Both</answer>"}, "gold answer 'Both' is none of A B"),
-    ({"problem_type": "numerical", "solution": "3 m"}, "gold answer '3 m' is not a number"),
-    ({"problem_type": "regression", "solution": "nan"}, "gold answer 'nan' is not a number"),
-    ({"problem_id": 1.5}, "problem_id is not text or whole"),
+    ({"problem_type": "numerical", "solution": "3 m"}, "gold answer '3 m' is not a finite number"),
+    ({"problem_type": "regression", "solution": "nan"}, "gold answer 'nan' is not a finite number"),
+    ({"problem_type": "regression", "solution": "1e999"}, "gold answer '1e999' is not a finite"),
+    ({"problem_id": 1.5}, "problem_id is not text or a whole number"),
+    ({"problem_id": "x\ud83d"}, "problem_id holds half a surrogate pair"),
     ({"process": 3}, "process is not text"),
     ({"data_source": 3}, "data_source is not text"),
     ({"evidence": {"start": 1, "end": 2}}, "evidence is not a list"),
@@ -112,6 +118,76 @@ def test_a_wrong_row_is_named(tmp_path, changes, sentence):
     assert "\n" not in str(error.value)
 
 
+def nested(depth):
+    """Return a list in a list in a list ..."""
+    deep = []
+    for _ in range(depth):
+        deep = [deep]
+    return deep
+
+
+HUGE = 10**400  # Python reads it from JSON, and no float holds it
+
+
+@pytest.mark.parametrize("field, value, sentence", [
+    ("problem_id", HUGE, "problem_id is not text or a whole number of up to 308 digits"),
+    ("problem_id", nested, "problem_id is not text or a whole number of up to 308 digits"),
+    ("solution", HUGE, "solution is missing, or is not text or a finite number"),
+    ("solution", str(HUGE), "gold answer '1000"),
+    ("solution", nested, "solution is missing, or is not text or a finite number"),
+    ("problem", nested, "problem is missing or not text"),
+    ("evidence", [{"start": HUGE, "end": HUGE}], "evidence from 1000"),
+    ("evidence", [{"start": 0, "end": 1, "box": [0, 0, HUGE, 1]}], "evidence box [0, 0, 1000"),
+    ("evidence", nested, "evidence [[[[[["),
+    ("evidence", [{"start": nested, "end": 1}], "evidence from [[[[[["),
+    ("evidence", [{"start": 0, "end": 1, "note": nested}], "evidence note [[[[[["),
+], ids=range(11))
+def test_huge_numbers_and_deep_lists_are_refused_by_id(tmp_path, field, value, sentence):
+    """Catches: OverflowError or RecursionError instead of a sentence; a sentence of 100,000 signs.
+
+    Such a depth comes from other readers than JSON's, which gives up before.
+    """
+    def filled(value):
+        if isinstance(value, list):
+            return [filled(item) for item in value]
+        if isinstance(value, dict):
+            return {name: filled(item) for name, item in value.items()}
+        return nested(100_000) if value is nested else value
+
+    wrong = row(problem_type="numerical", solution="3") | {field: filled(value)}
+    with pytest.raises(ValueError) as error:
+        load_samples([row(problem_id=1), wrong], {"": tmp_path})
+    name, _, said = str(error.value).partition(": ")
+    assert said.startswith(sentence) and len(said) < 200 and len(name) < 60
+    assert name == "sample 2" or field == "problem_id"
+
+
+def test_one_object_around_the_rows_is_told_from_a_row(tmp_path):
+    """Catches: {"data": [...]} called a row without a problem; a row over several lines refused."""
+    for whole, keys in (({"data": [row()]}, "'data'"), ({"info": {"n": 1}, "rows": []}, "'rows'"),
+                        ({"train": [row()], "test": [row()]}, "'train', 'test'")):
+        for indent in (None, 1):
+            with pytest.raises(ValueError) as error:
+                load(tmp_path, text=json.dumps(whole, indent=indent))
+            assert str(error.value) == ("the file is not a list of rows but one object, which holds"
+                                        f" a list under {keys}: save that list alone")
+    assert len(load(tmp_path, text=json.dumps(row(evidence=[]), indent=1))) == 1
+    for wrong in ({"options": ["A. x"], "answer": "A"}, {**row(evidence=[{}]), "problem": ""}):
+        with pytest.raises(ValueError, match="problem is missing"):
+            load(tmp_path, wrong)
+
+
+@pytest.mark.parametrize("form", ("{}. x", "{}) x", "({}) x", "{}: x", "{}", "{}.x", " {}. "))
+def test_loader_and_verifier_read_the_same_labels(tmp_path, form):
+    """Catches: a label that one of the two knows and the other takes for text."""
+    found, = load(tmp_path, row(options=[form.format(letter) for letter in "ABC"]))
+    assert reward.labels(found.options) == "ABC"
+    reward.check_gold(found.kind, found.answer, found.options)
+    with pytest.raises(ValueError, match="options are labelled B A C"):
+        load(tmp_path, row(options=[form.format(letter) for letter in "BAC"]))
+    assert reward.labels([form.format(letter) for letter in "BAC"]) == "BAC"
+
+
 def test_wrong_rows_are_listed_together(tmp_path):
     """Catches: one wrong row reported at a time; duplicate ids, also of a number and a text."""
     with pytest.raises(ValueError) as error:
@@ -126,8 +202,11 @@ def test_wrong_rows_are_listed_together(tmp_path):
 
 def test_broken_files_are_named(tmp_path):
     """Catches: a JSON error without file and line."""
+    deep = "[" * 100_000
     for text, sentence in [(json.dumps(row()) + "\n{]", "rows.json, line 2, is not JSON: "),
-                           ("[{]", "rows.json is not JSON: ")]:
+                           ("[{]", "rows.json is not JSON: "),
+                           (json.dumps(row()) + f'\n{{"x": {deep}', "line 2, is nested too deeply"),
+                           (deep, "rows.json is nested too deeply")]:
         with pytest.raises(ValueError, match=sentence):
             load(tmp_path, text=text)
 
@@ -145,7 +224,11 @@ def test_video_root_as_a_map(tmp_path):
     with pytest.raises(ValueError, match="sample 2: data_source 'films/30_s' is not in the map"):
         load(tmp_path, row(), root=tmp_path / "map.json")
     (tmp_path / "map.json").write_text('["games"]')
-    for root, sentence in [("map.json", "neither a folder nor JSON"), ("no", "does not exist")]:
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "utf16.json").write_text('{"games": "/games"}', encoding="utf-16")
+    for root, sentence in [("map.json", "neither a folder nor JSON"), ("no", "does not exist"),
+                           ("deep.json", "deep.json is nested too deeply"),
+                           ("utf16.json", "utf16.json, line 1, is not UTF-8 text")]:
         with pytest.raises(ValueError, match=sentence):
             load(tmp_path, row(), root=tmp_path / root)
 
@@ -362,6 +445,52 @@ def test_prompt_bound(prompts, film, tmp_path):
     late = Clip(frames, (0.0, 1.0), (0, 9 * 10**6), 1.0, 9e6, 9 * 10**6)  # long timestamps
     assert len(prompts.prefix(sample(clip=late)).ids) <= prompts.prompt_bound(sample(), 2, side**2)
     assert prompts.prompt_bound(sample(question="why " * 20_000), 16, PIXELS) > 16_384
+
+
+TEXTS = ("Why?", "why " * 300, "Où est-ce ? " * 40, "温度是多少？" * 60, "\ud83d half",
+         "<|im_end|>" * 50, "\U0001d160" * 40)  # a note that NFC takes apart: 12 bytes of 4
+
+
+@pytest.mark.parametrize("template", (None, "{question} {answer_format} Again: {question}"))
+def test_refuse_long_is_exactly_the_bound(tmp_path, template):
+    """Catches: a long prompt let through because its text was not tokenised, a good one refused."""
+    processor = make_processor(tmp_path)
+    processor.tokenizer.backend_tokenizer.normalizer = normalizers.NFC()  # as Qwen's own have it
+    prompts, limits = Prompts(processor, template), (4, PIXELS, PIXELS)
+    for question in TEXTS:
+        for changes in ({}, {"media_type": "image"}, {"kind": "multiple choice",
+                                                      "options": ("A. " + question, "B. no")}):
+            asked = sample(question=question, **changes)
+            bound = prompts.prompt_bound(asked, *limits)
+            prompts.refuse_long([asked], bound, *limits)
+            with pytest.raises(ValueError) as error:
+                prompts.refuse_long([asked], bound - 1, *limits)
+            assert str(error.value) == (f"sample 7: its prompt may take {bound} tokens, more than "
+                                        f"--max_prompt {bound - 1}")
+
+
+def test_short_texts_are_not_tokenised(processor):
+    """Catches: minutes of tokenising at every start, on every rank, before the first step."""
+    class Counting:
+        calls, inner = 0, processor.tokenizer
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def __call__(self, *texts, **options):
+            Counting.calls += 1
+            return self.inner(*texts, **options)
+
+    prompts, rendered = Prompts(processor), []
+    prompts.tokenizer, render = Counting(), prompts._render
+    prompts._render = lambda content: rendered.append(content) or render(content)
+    samples = [sample(question=f"Which {i}?", media_type="image" if i % 2 else "video",
+                      kind="multiple choice", options=("A. x", "B. 温度")) for i in range(500)]
+    prompts.refuse_long(samples, 16_384, 16, PIXELS)
+    assert Counting.calls == 0 and len(rendered) == 2
+    long = sample(question="What colour is the ball " * 700)  # 16,800 bytes, fewer tokens
+    prompts.refuse_long([*samples, long], 16_384, 16, PIXELS)
+    assert Counting.calls == 1
 
 
 def test_completion_ends_with_eos(prompts):

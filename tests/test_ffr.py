@@ -186,6 +186,30 @@ def test_clip_binds_on_the_right_side_only():
     assert sums["clipped"] == 2
 
 
+def test_no_log_ratio_overflows():
+    """Catches: exp of a log ratio above 88.7, whose gradient is NaN where the clip binds (Â > 0),
+    and the loss too where Â = 0; a bound that changes what needed none.
+    """
+    logs = [-1e4, -200.0, -88.0, -20.0, -3.0, -0.1, 0.0, 0.1, 3.0, 19.0, 21.0, 50.0, 88.0, 89.0,
+            200.0, 1e4]
+    for advantage in (0.7, 0.0, -0.7):
+        for log in logs:
+            r = math.exp(min(log, 20.0))
+            bounded = min(r * advantage, min(max(r, 0.8), 1.3) * advantage)
+            passes = r < 1.3 if advantage > 0 else r > 0.8 and log < 20.0
+            batch = SimpleNamespace(old_logp_T=torch.zeros(1), weight_T=torch.ones(1),
+                                    advantage_T=torch.tensor([advantage]), ref_logp_T=None)
+            logp = torch.tensor([log], requires_grad=True)
+            loss, sums = ffr.loss(logp, batch, 0.2, 0.3, 0.0)
+            loss.backward()
+            assert loss.item() == pytest.approx(-bounded, rel=1e-5), (advantage, log)
+            assert logp.grad.item() == pytest.approx(-r * advantage * passes, rel=1e-5)
+            assert sums["mismatch"] == pytest.approx(abs(log))
+    mixed = torch.tensor([1e4, 0.1]).requires_grad_()  # one stray token spoils no other
+    ffr.clip(mixed, torch.ones(2), 0.2, 0.3)[0].sum().backward()
+    assert mixed.grad.tolist() == pytest.approx([0.0, math.exp(0.1)])
+
+
 def test_kl_is_k3_with_its_gradient_and_clamped():
     """Catches: the KL's sign or direction swapped, β on the wrong term, overflow on a stray
     token.

@@ -9,11 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from messages_server import MessagesServer, submit
 
 import guard
+import runs
 from guard import leak, spelled, states
 from patch import QUERY_KINDS, WHERE_TO_LOOK, Patch
-from teacher import NEGATIVE
+from teacher import NEGATIVE, Service, TeacherConfig
 
 pytestmark = pytest.mark.quick
 
@@ -157,3 +160,93 @@ def test_audit_command(tmp_path):
     assert "6 diagnoses: 3 patched" in ran.stdout and "33.3%" in ran.stdout
     assert json.loads((tmp_path / "audit.json").read_text())["diagnoses"] == 6
     assert (tmp_path / "patches_drawn.md").read_text().count("## step") == 2
+
+
+def refused(capsys, *arguments):
+    """Return the sentence with which an audit is refused, without its line break."""
+    with pytest.raises(SystemExit) as end:
+        guard.main([str(argument) for argument in arguments])
+    said = capsys.readouterr()
+    assert end.value.code == 2 and said.out == "" and said.err.count("\n") == 1
+    assert said.err.startswith("guard.py: ")
+    return said.err[len("guard.py: "):-1]
+
+
+@pytest.mark.parametrize("content", (None, "", '{"step": 2, "sam'))
+def test_a_run_without_patches_is_one_sentence(tmp_path, capsys, content):
+    """Catches: a traceback, or a table of zeros, for a run of --method grpo."""
+    if content is not None:
+        (tmp_path / "patches.jsonl").write_text(content)
+    sentence = f"{tmp_path / 'patches.jsonl'} holds no diagnoses: in this run nobody was asked for"
+    assert refused(capsys, tmp_path).startswith(sentence)
+    assert not (tmp_path / "audit.json").exists()
+    assert refused(capsys, tmp_path / "no") == f"{tmp_path / 'no'} does not exist"
+
+
+@pytest.mark.parametrize("line, problem", (
+    ('{"step": 1, "sta\n', "is not JSON"), ("[1]\n", "is not an object"),
+    ("[" * 100_000 + "\n", "is not JSON"), ('{"step": 1}\n', "is no diagnosis: it has no "
+                                                     "status"),
+    ('{"status": "patched", "reason": ""}\n', "is no diagnosis: it has no error_type")))
+def test_a_damaged_line_is_named(tmp_path, capsys, line, problem):
+    """Catches: an audit that ends in a traceback, or leaves out lines and says nothing."""
+    path = tmp_path / "patches.jsonl"
+    first, *rest = (json.dumps(row) + "\n" for row in audit_rows())
+    path.write_text("".join([first, line, *rest]))
+    for argument in (tmp_path, path):
+        assert refused(capsys, argument).startswith(f"{path}, line 2, {problem}")
+
+
+def test_the_price_is_the_run_s_own(tmp_path, capsys):
+    """Catches: a priced run that is said to cost nothing; dollars made up where no price is known.
+
+    Six diagnoses of 1,000 tokens in and 100 out make three patches: 2,000 and 200 a patch.
+    """
+    for row in audit_rows():
+        runs.append(tmp_path / "patches.jsonl", row)
+
+    def dollars(*flags):
+        guard.main([str(tmp_path), *flags])
+        said, found = capsys.readouterr().out, json.loads((tmp_path / "audit.json").read_text())
+        assert ("dollars" in said) == (found["a_patch"]["dollars"] is not None)
+        return found["a_patch"]["dollars"]
+
+    assert dollars() is None
+    (tmp_path / "config.json").write_text('{"teacher_price": "3/15", "method": "ffr"}')
+    assert dollars() == pytest.approx((2000 * 3 + 200 * 15) / 1e6)
+    assert dollars("--price", "10/100") == pytest.approx((2000 * 10 + 200 * 100) / 1e6)
+    (tmp_path / "config.json").write_text('{"teacher_price": ""}')
+    assert dollars() is None
+    assert "--price is IN/OUT in dollars" in refused(capsys, tmp_path, "--price", "3")
+    (tmp_path / "config.json").write_text('{"teacher_')
+    assert refused(capsys, tmp_path).startswith(f"{tmp_path / 'config.json'} is not JSON")
+
+
+def test_what_the_blind_test_alone_refused_is_a_row_of_its_own(capsys):
+    """Catches: a leak that no rule knows, counted nowhere and yet in the number of all."""
+    blind = "blind test: the answer can be told from the patch alone"
+    rows = [{**row, "reason": blind} if row["reason"].startswith("direct") else
+            {**row, "reason": f"mended {blind}"} if row["reason"].startswith("mended") else row
+            for row in audit_rows()]
+    found = guard.audit(rows)["leaks_submitted"]
+    assert {name: (n["count"], n["of"]) for name, n in found.items()} == {
+        "direct": (0, 4), "partial": (0, 4), "blind test": (2, 4)}
+    guard.print_audit(guard.audit(rows))
+    assert re.search(r"leaks submitted\n.*\n.*\n  blind test +2 of 4 +50.0%",
+                     capsys.readouterr().out)
+
+
+def test_of_a_refused_diagnosis_the_first_submission_counts(monkeypatch):
+    """Catches: the last version counted, which has been told what was wrong with the first."""
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "none")
+    versions = iter(["The object rests on a table.", "Look at the red one.", "It is crimson."])
+    clip = SimpleNamespace(times=(0.0, 0.5, 1.0, 1.5),
+                           frames=torch.zeros(4, 3, 28, 28, dtype=torch.uint8))
+    sample = SimpleNamespace(id="1", question="What colour is the object?", kind="multiple choice",
+                             options=("A. red", "B. blue"), answer="A", clip=clip)
+    with MessagesServer(lambda body: [submit(next(versions))]) as server:
+        teacher = Service(TeacherConfig(url=server.url, rounds=1, tools=False))
+        found = teacher.diagnose_full(sample, WRONG)
+        teacher.close()
+    assert found.status == "refused" and len(server.bodies) == 3
+    assert found.reason == "partial: states what is to be seen"

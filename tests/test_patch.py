@@ -1,11 +1,18 @@
 """Patches: parsing, rendering, images and alignment. Each test names its mistake."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from conftest import PIXELS
+from conftest import sample as film_sample
 from messages_server import submit
 
+import data
 from patch import (MAX_GUIDANCE, QUERY_KINDS, WHERE_TO_LOOK, Patch, alignment, crop, key_range,
-                   parse_patch, patch_images, query_kind, render)
+                   outside_clip, parse_patch, patch_from_evidence, patch_images, query_kind, render)
+from teacher import Annotated
+from video import decode
 
 pytestmark = pytest.mark.quick
 
@@ -200,3 +207,64 @@ def test_fixed_guidance_fits():
     """Catches: guidance for a kind missing or cut."""
     assert set(WHERE_TO_LOOK) == set(QUERY_KINDS)
     assert max(map(len, WHERE_TO_LOOK.values())) < MAX_GUIDANCE
+
+
+# --- evidence and the clip
+
+
+def annotated(*spans, F=16, seconds=8.0, fps=4.0, first=0.0):
+    """Return a sample with spans of evidence; of its clip F frames are shown."""
+    step = (seconds - 1 / fps) / max(F - 1, 1)
+    times = tuple(first + i * step for i in range(F))
+    clip = SimpleNamespace(times=times, fps=fps, duration=first + seconds)
+    evidence = tuple(SimpleNamespace(start=s, end=e, box=None, note="") for s, e in spans)
+    return SimpleNamespace(question="Why?", evidence=evidence, clip=clip)
+
+
+@pytest.mark.parametrize(
+    "sample, problem",
+    [
+        (annotated((3, 5)), ""),
+        (annotated((0, 8)), ""),
+        (annotated((7.9, 8.0)), ""),  # behind the last frame's time, in the clip
+        (annotated((7, 8.4)), ""),  # annotators round
+        (annotated((3000, 4000)), "evidence from 3000 s to 4000 s lies outside the clip of 8.0 s"),
+        (annotated((3, 5), (3.6e6, 3.7e6)),
+         "evidence from 3600000 s to 3700000 s lies outside the clip of 8.0 s"),
+        (annotated((3, 4000)), "evidence from 3 s to 4000 s lies outside the clip of 8.0 s"),
+        (annotated((7, 8.6)), "evidence from 7 s to 8.6 s lies outside the clip of 8.0 s"),
+        (annotated((8.1, 8.3)), "evidence from 8.1 s to 8.3 s lies outside the clip of 8.0 s"),
+        (annotated((7, 9.9), fps=0.5), ""),  # a frame takes two seconds
+        (annotated((7, 10.1), fps=0.5),
+         "evidence from 7 s to 10.1 s lies outside the clip of 8.0 s"),
+        (annotated((12, 18.2), first=10.0), ""),
+        (annotated((1, 2), first=10.0),
+         "evidence from 1 s to 2 s lies outside the clip from 10.0 s to 18.0 s"),
+        (annotated((5, 9), F=1, seconds=1.0, fps=1.0), ""),  # an image
+    ],
+)
+def test_evidence_outside_the_clip_is_no_patch(sample, problem):
+    """Catches: milliseconds for seconds, which showed the clip's last frames as the evidence."""
+    assert outside_clip(sample) == problem
+    found = Annotated().diagnose_full(sample, "")
+    if problem:
+        assert found.patch is None and (found.status, found.reason) == ("failed", problem)
+        with pytest.raises(ValueError, match="lies outside the clip"):
+            patch_from_evidence(sample, "")
+    else:
+        assert found.status == "patched" and found.patch == patch_from_evidence(sample, "")
+
+
+def test_evidence_that_ends_a_little_late_is_clipped():
+    """Catches: a good annotation lost over rounding, key frames beyond the last one."""
+    patch = patch_from_evidence(annotated((7.0, 8.4)), "")
+    assert patch.key_frames == (14, 15) and patch.times[1] == pytest.approx(7.75)
+
+
+def test_a_real_clip_knows_its_end(film):
+    """Catches: a check that real clips never reach, because made-up ones have other fields."""
+    clip = decode(film, "video", 16, PIXELS, 28)  # 3 s
+    for span, status in (((1, 3.2), "patched"), ((1000, 2000), "failed")):
+        asked = film_sample(film, clip=clip, evidence=(data.Evidence(*span),))
+        found = Annotated().diagnose_full(asked, "")
+        assert (found.status, "the clip of 3.0 s" in found.reason) == (status, status == "failed")

@@ -153,6 +153,31 @@ def test_choice_within_the_options(answer, options, letter):
     assert reward.choice(answer, options) == letter
 
 
+@pytest.mark.parametrize(
+    "options, gold, right, wrong",
+    [
+        (("B. red", "A. blue"), "A", "A|A. blue|blue|The answer is A.", "B|B. red|red"),
+        (("(b) red", "(a) blue"), "A", "(a)|(a) blue|Blue.", "(b)|(b) red|red"),
+        (("B.red", "A.blue"), "A", "A|A.blue|blue", "B|B.red|red"),
+        (("A. x", "C. y", "D. z"), "D", "D|D. z|z|I pick (D)", "C|y|B|A"),  # a gap
+        (("A.M.", "P.M."), "B", "B|P.M.", "A|A.M.|P"),  # not labels: letters go by place
+        (("A. x", "A. y"), "B", "B|A. y", "A|A. x|x"),  # nor these
+    ],
+)
+def test_a_letter_is_the_one_that_its_option_bears(options, gold, right, wrong):
+    """Catches: the verifier that goes by place, so that the wrong option is paid for."""
+    for answers, score in ((right, 1.0), (wrong, 0.0)):
+        for answer in answers.split("|"):
+            assert reward.accuracy("multiple choice", say(answer), gold, options) == score, answer
+
+
+def test_labels_in_another_order_are_checked_against_the_gold():
+    """Catches: a gold letter that no option bears, accepted because there are enough options."""
+    reward.check_gold("multiple choice", "D", ("A. x", "C. y", "D. z"))
+    with pytest.raises(ValueError, match="names none of the 3 options"):
+        reward.check_gold("multiple choice", "B", ("A. x", "C. y", "D. z"))
+
+
 def test_strict_is_string_equality():
     """Catches: a strict score, the one others report, that is kinder or harsher than theirs."""
     for answer, expected in [("B", 1.0), (" B ", 1.0), ("b", 0.0), ("B.", 0.0), ("B. blue", 0.0)]:

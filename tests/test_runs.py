@@ -41,6 +41,54 @@ def test_cut_drops_later_steps_and_torn_lines_only(tmp_path):
     assert runs.read_log(tmp_path / "nothing.jsonl") == []
 
 
+DAMAGE = {  # bytes where JSON should stand -> what is said, and of which line
+    b'{"a": ' + b"[" * 100_000: (1, "is nested too deeply"),
+    b'{"a": 1}\n{"a": ' + b"9" * 5_000 + b"}": (2, "holds a number of too many digits"),
+    b'{"a": 1}\n{"a"': (2, "is not JSON: "),
+    '{"a": 1}'.encode("utf-16"): (1, "is not UTF-8 text"),
+    b'{"a": 1}\n\x00\x00\x00 ftypisom\xff\xd8': (2, "is not UTF-8 text"),
+    b'\x89PNG\r\n\x1a\n\x00': (1, "is not UTF-8 text"),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("content", DAMAGE, ids=range(len(DAMAGE)))
+def test_damaged_json_is_one_sentence_with_file_and_line(tmp_path, content):
+    """Catches: RecursionError, UnicodeDecodeError or Python's own words about digits; no name."""
+    line, problem = DAMAGE[content]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content + b"\n")
+    for read in (runs.read_rows, runs.read_log):
+        with pytest.raises(ValueError) as error:
+            read(path)
+        assert type(error.value) is ValueError and "\n" not in str(error.value)
+        assert str(error.value).startswith(f"{path}, line {line}, {problem}")
+    with pytest.raises(ValueError) as error:
+        runs.read_json(path)
+    assert type(error.value) is ValueError and str(error.value).startswith(str(path))
+
+
+@pytest.mark.quick
+def test_whole_files_of_json_are_read_as_ever(tmp_path):
+    """Catches: a mark at the start or Windows' line ends refused, one object over lines too."""
+    path, row = tmp_path / "rows.json", {"a": ["温度", 10**400]}
+    for text, rows in ((json.dumps([row, row], indent=1), 2), (json.dumps(row, indent=1), 1),
+                       (json.dumps(row) + "\n\n" + json.dumps(row), 2), ("", 0), ("[]", 0)):
+        for mark, end in ((b"", b"\n"), (b"\xef\xbb\xbf", b"\r\n")):
+            path.write_bytes(mark + text.encode().replace(b"\n", end))
+            assert runs.read_rows(path) == [row] * rows
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(row, indent=1).encode())
+    assert runs.read_json(path) == row
+
+
+@pytest.mark.quick
+def test_a_log_holds_objects(tmp_path):
+    """Catches: a line that is JSON and no row, which breaks whoever reads the log."""
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n3\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="log.jsonl, line 2, is not an object"):
+        runs.read_log(tmp_path / "log.jsonl")
+
+
 @dataclass(frozen=True)
 class Flags:
     """Two flags."""
@@ -71,7 +119,7 @@ def test_a_world_size_without_torchrun_is_nobodys(monkeypatch):
 
 @pytest.mark.parametrize("flags, code, sentence", (
     (("--modl", "m"), 2, "train.py: unknown: --modl; did you mean --model?"),
-    (("--model", "m", "--data", "nowhere.json"), 1, "nowhere.json")))
+    (("--model", "m", "--data", "nowhere.json"), 2, "nowhere.json")))
 def test_of_two_processes_one_says_it(tmp_path, flags, code, sentence):
     """Catches: the same error from every process, or from none because torchrun was faster."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",

@@ -4,6 +4,7 @@ import collections
 import filecmp
 import json
 import random
+from pathlib import Path
 
 import decord
 import pytest
@@ -32,6 +33,41 @@ def test_the_same_arguments_give_the_same_world(world, tmp_path):
     names = [str(p.relative_to(world)) for p in world.rglob("*") if p.is_file()]
     same, different, errors = filecmp.cmpfiles(world, tmp_path, names, shallow=False)
     assert len(same) == len(names) > 30, (different, errors)
+
+
+def test_a_world_that_was_begun_is_not_taken_for_whole(tmp_path, monkeypatch):
+    """Catches: a kill among the JSON files that leaves a half-made world behind, which then breaks
+    every start until the folder is removed by hand.
+    """
+    monkeypatch.setattr(toy, "save_student", lambda *arguments: None)
+    real, counts = Path.write_text, dict(train=5, heldout=5, warm=5)
+
+    def make(folder, kill_at=0):
+        """Make a world; at the kill_at-th file half of it is written, then the process ends."""
+        files = iter(range(1, 100))
+
+        def write(path, text, **options):
+            last = next(files) == kill_at
+            real(path, text[:len(text) // 2] if last else text, **options)
+            if last:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Path, "write_text", write)
+        toy.make(folder, **counts)
+
+    make(tmp_path / "whole")
+    wanted = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("*.*")}
+    assert sorted(wanted) == ["heldout.json", "template.txt", "train.json", "warm.json"]
+    for number in range(1, 5):
+        folder = tmp_path / str(number)
+        with pytest.raises(KeyboardInterrupt):
+            make(folder, kill_at=number)
+        assert not (folder / "heldout.json").exists()
+        make(folder)
+        assert {path.name: path.read_bytes() for path in folder.glob("*.*")} == wanted
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "whole", kill_at=1)  # another world in the place of a whole one
+    assert not (tmp_path / "whole/heldout.json").exists()
 
 
 def test_clips_show_what_the_answers_say(world):

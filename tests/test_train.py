@@ -80,27 +80,6 @@ def untimed(path):
             for row in runs.read_log(path)]
 
 
-def test_a_killed_run_resumes_to_the_same_metrics(world):
-    """Catches: optimizer, schedule, data position or randomness lost by --resume; lines of repeated
-    steps kept twice.
-    """
-    flags = ("--steps", 5, "--save_every", 2, "--batch_prompts", 2)
-    finish(start(world, *flags, "--output", "straight"))
-    killed = after_step(start(world, *flags, "--output", "killed"), 3)
-    killed.send_signal(signal.SIGKILL)
-    finish(killed, -signal.SIGKILL)
-    assert [p.name for p in (world / "killed/checkpoints").glob("step-??????")] == ["step-000002"]
-    with open(world / "killed/metrics.jsonl", "a") as file:
-        file.write('{"step": 3, "torn')
-    finish(start(world, *flags, "--output", "killed", "--resume"))
-    rows, patches = (untimed(world / "straight" / name)
-                     for name in ("metrics.jsonl", "patches.jsonl"))
-    assert untimed(world / "killed/metrics.jsonl") == rows
-    assert [row["step"] for row in rows] == list(range(5))
-    assert untimed(world / "killed/patches.jsonl") == patches != []
-    assert any(row["grad_norm"] > 0 for row in rows), "the test wants steps that learn"
-
-
 def test_two_processes_equal_one_and_need_not_fail_alike(world):
     """Catches: a mean per rank, gradients averaged twice, a deadlock when one rank only has
     something to repair.
@@ -147,7 +126,7 @@ def test_sigterm_saves_and_stops(world):
     flags = ("--steps", 50, "--save_every", 1000, "--output", "terminated")
     process = after_step(start(world, *flags), 1)
     process.send_signal(signal.SIGTERM)
-    output = finish(process)
+    output = finish(process, 128 + signal.SIGTERM)
     done = len(runs.read_log(world / "terminated/metrics.jsonl"))
     assert 1 <= done < 50 and f"stopped after step {done}, saved" in output
     assert runs.newest_checkpoint(world / "terminated").name == f"step-{done:06d}"
@@ -178,7 +157,9 @@ def test_bad_files_cost_their_samples_only(world, tmp_path):
                           "--rollouts", 2))
     bad = runs.read_log(tmp_path / "run/bad_samples.jsonl")
     assert "gone.mp4" in output
-    assert {row["id"] for row in bad} == {"gone.mp4", "cut.mp4", "empty.mp4"}
+    outside = {row["id"]: row["reason"] for row in bad if "outside the clip" in row["reason"]}
+    assert outside.keys() == {"short.mp4"}, "its evidence begins behind its end, and is told once"
+    assert {row["id"] for row in bad} - outside.keys() == {"gone.mp4", "cut.mp4", "empty.mp4"}
     metrics = runs.read_log(tmp_path / "run/metrics.jsonl")
     assert [row["bad_samples"] for row in metrics] == [2, 4] and all(row["reason"] for row in bad)
     asked = {row["sample"] for row in runs.read_log(tmp_path / "run/patches.jsonl")}
@@ -361,6 +342,7 @@ def test_the_service_teacher_teaches_a_run(world, tmp_path, monkeypatch):
     assert len(written) > 10 and not any(KEY.encode() in path.read_bytes() for path in written)
 
 
+@pytest.mark.slow
 def test_a_killed_run_pays_for_no_diagnosis_twice(world, monkeypatch):
     """Catches: answers that die with the process that paid for them."""
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)

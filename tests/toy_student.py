@@ -37,7 +37,7 @@ def load(folder, student, prompts):
     loader = ClipLoader(frames=16, max_pixels=56 * 56, factor=prompts.factor, workers=0)
     end, annotated, clips = "<|vision_end|>", teacher.Annotated(), {}
     last = prompts.tokenizer.convert_tokens_to_ids(end)
-    for sample in data.load_samples(read_rows(folder / "warm.json"), folder / "videos"):
+    for sample in data.load_samples(read_rows(folder / "warm.json"), {"": folder / "videos"}):
         if sample.media not in clips:
             sample = loader.get(sample)[0]
             whole = prompts.prefix(sample)

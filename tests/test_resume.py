@@ -1,0 +1,340 @@
+"""A run is what its folder says: flags, locks, stops, damage. Each test names its mistake."""
+
+import hashlib
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import after_step, config_of, finish, run, start, untimed
+from test_train import world as world  # noqa: PLC0414, the fixture
+
+import methods
+import runs
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def fingerprint(folder):
+    """Return a digest of every file below a folder, by name."""
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+def go_on(folder, *flags, processes=1):
+    """Do what README says: train.py --resume --output RUN, and nothing else."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] \
+        if processes > 1 else []
+    command = [sys.executable, *launch, str(ROOT / "train.py"), "--resume", *map(str, flags)]
+    return subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
+
+
+def test_a_killed_run_goes_on_with_its_own_flags(world):
+    """Catches: flags that --resume does not read back: the toy's in their place, other results."""
+    flags = ("--steps", 5, "--save_every", 2, "--batch_prompts", 2, "--kappa", 0.5, "--rollouts", 3,
+             "--evidence", "frames", "--alignment_weight", 0.2, "--beta", 0.01, "--seed", 7,
+             "--temperature", 1.2, "--loss_norm", "sequence", "--warmup_steps", 1)
+    finish(start(world, *flags, "--output", "straight10"))
+    killed = after_step(start(world, *flags, "--output", "killed10"), 3)
+    killed.send_signal(signal.SIGKILL)
+    finish(killed, -signal.SIGKILL)
+    assert runs.newest_checkpoint(world / "killed10").name == "step-000002"
+    with open(world / "killed10/metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "torn')
+    before = json.loads((world / "killed10/config.json").read_text())
+    finish(go_on(world, "--output", "killed10"))
+    for name in ("metrics", "patches"):
+        found, wanted = (untimed(world / f"{which}/{name}.jsonl")
+                         for which in ("killed10", "straight10"))
+        assert found == wanted != [], name
+    assert [row["step"] for row in found] and any(
+        row["grad_norm"] > 0 for row in runs.read_log(world / "straight10/metrics.jsonl"))
+    weights = [world / f"{run}/checkpoints/step-000005/model.safetensors"
+               for run in ("killed10", "straight10")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert json.loads((world / "killed10/config.json").read_text()) == before, "written once"
+
+
+OTHER = {"model": "warm", "data": "heldout.json", "video_root": "videos2", "template": "rows.txt",
+         "eval_data": "train.json", "eval_every": 1, "eval_patches": "no", "method": "grpo",
+         "teacher": "anthropic", "evidence": "none", "teacher_model": "m", "steps": 7,
+         "teacher_prompt": "tools", "loss_norm": "constant", "ratio": "sequence",
+         "score_under": "plain", "select": "best", "train_on": "original", "attention": "sdpa",
+         "dtype": "bfloat16", "teacher_url": "http://x", "teacher_price": "3/15",
+         "teacher_cache": "c", "frame_cache": "f", "output": None, "resume": None}
+
+
+def test_every_flag_beside_resume_is_refused_or_harmless(world, tmp_path):
+    """Catches: a run that goes on as another one; a refused command that has rewritten files."""
+    folder = tmp_path / "run"
+    run(config_of(world, folder, steps=1))
+    before = fingerprint(folder)
+    for f in fields(train.Config):
+        value = OTHER.get(f.name, (f.default or 0) + 1 if f.type in (int, float) else True)
+        if value is None:
+            continue
+        given = {f.name, "resume", "output"}
+        config = replace(train.Config(), resume=True, output=str(folder), **{f.name: value})
+        if f.name in train.FREE:
+            assert getattr(runs.going_on(config, given, train.FREE), f.name) == value
+        else:
+            with pytest.raises(ValueError, match=f"^--{f.name} .* the run in .* has "):
+                runs.going_on(config, given, train.FREE)
+    assert fingerprint(folder) == before
+
+
+@pytest.mark.parametrize("change, sentence", (
+    (dict(data="heldout.json"), "--data .* is not what the run"),
+    (dict(model="model"), "--model .* is not what the run"),
+    (dict(template="other.txt"), "--template .* is not what the run")))
+def test_other_contents_under_a_free_flag_are_refused(world, tmp_path, change, sentence):
+    """Catches: another student, data set or wording taken for the run's own; files changed."""
+    folder, name = tmp_path / "run", next(iter(change))
+    config = config_of(world, folder, steps=1, save_every=1)
+    run(config)
+    (tmp_path / "other.txt").write_text("{question} Say why.")
+    other = tmp_path / "other.txt" if name == "template" else world / change[name]
+    if name == "model":  # one layer more
+        other = tmp_path / "larger"
+        shutil.copytree(world / "warm/checkpoints/step-000060", other)
+        text = json.loads((other / "config.json").read_text())
+        text["text_config"]["num_hidden_layers"] += 1
+        text["text_config"]["layer_types"] = 4 * text["text_config"].get("layer_types", [""])[:1]
+        (other / "config.json").write_text(json.dumps(text))
+    before = fingerprint(folder)
+    with pytest.raises((ValueError, RuntimeError), match=sentence):
+        run(replace(config, resume=True, **{name: str(other)}))
+    assert fingerprint(folder) == before
+
+
+def test_a_flag_that_changes_nothing_is_refused():
+    """Catches: an ablation whose rows are identical because a flag was not heeded."""
+    kinds = [(method, teacher) for method in methods.METHODS
+             for teacher in ("annotated", "anthropic")]
+
+    def refused(flag):
+        found = []
+        for method, teacher in kinds:
+            config = replace(train.Config(), method=method, teacher=teacher, model="m",
+                             eval_data="e")
+            try:
+                train.refuse_useless(config, {flag})
+            except ValueError as error:
+                assert str(error).startswith(f"--{flag} changes nothing in this run: it is for ")
+                found.append((method, teacher))
+        return set(found)
+
+    def all_but(names, teachers=("annotated", "anthropic")):
+        return {(m, t) for m, t in kinds if m not in names.split() or t not in teachers}
+
+    asking = "ffr sft sft_teacher luffy judge visd ffr_visd"
+    comparing = " ".join(set(methods.METHODS) - {"sft", "sft_teacher"})
+    service, everything = ("anthropic",), set(kinds)
+    table = {
+        "teacher": all_but(asking), "no_gt": all_but("ffr sft judge visd ffr_visd", service),
+        "teacher_prompt": all_but("ffr sft ffr_visd", service),
+        "teacher_rounds": all_but("ffr sft ffr_visd", service),
+        "blind_test": all_but("ffr sft ffr_visd", service),
+        "evidence": all_but("ffr sft ffr_visd"), "eval_patches": all_but("ffr sft ffr_visd"),
+        "pass_mark": all_but(comparing + " sft_teacher"), "shape_gamma": all_but("luffy replay"),
+        "length_low": all_but("tgrpo"), "length_high": all_but("tgrpo"),
+        "sd_sync": all_but("rlsd"), "sd_ema": all_but("visd"), "sd_topk": all_but("visd"),
+        **{name: all_but(asking, service) for name in
+           "teacher_url teacher_model teacher_cache teacher_price teacher_budget teacher_timeout "
+           "teacher_step_timeout".split()},
+        **{name: all_but("ffr ffr_visd") for name in
+           "kappa alignment_weight train_on score_under".split()},
+        **{name: all_but(comparing) for name in
+           "rollouts top_p select no_std dynamic_sampling beta".split()},
+        **{name: all_but("replay") for name in ("replay_share", "replay_start")},
+        **{name: all_but("rlsd visd ffr_visd") for name in "sd_lambda sd_horizon sd_clip".split()},
+        **{name: everything for name in "clip_low clip_high ratio".split()}}  # one update: ratio 1
+    always = set("""model data video_root eval_data eval_every output method max_completion
+        max_prompt frames max_pixels max_image_pixels temperature template loss_norm lr warmup_steps
+        weight_decay max_grad_norm steps epochs batch_prompts updates_per_batch micro_tokens
+        freeze_vision seed save_every keep_checkpoints resume attention dtype cuda_graphs
+        decode_workers decode_seconds frame_cache frame_cache_gb""".split())
+    for name in (f.name for f in fields(train.Config)):
+        assert refused(name) == (set() if name in always else table[name]), name
+    assert always | table.keys() == {f.name for f in fields(train.Config)}
+    for changes, flag in ((dict(updates_per_batch=2), "clip_high"), (dict(steps=5), "epochs"),
+                          (dict(eval_data=""), "eval_every"), (dict(decode_workers=0),
+                                                               "decode_seconds"),
+                          (dict(train_on="original"), "score_under"),
+                          (dict(teacher="anthropic", teacher_prompt="negative"), "teacher_rounds")):
+        config = replace(train.Config(), model="m", eval_data="e")
+        heeded = [methods.useful(c)[flag][0] for c in (config, replace(config, **changes))]
+        assert heeded[0] != heeded[1] or flag == "teacher_rounds" and not heeded[1], flag
+
+
+@pytest.mark.parametrize("name, value, sentence", (
+    ("kappa", 30.0, "at most 2"), ("kappa", float("nan"), "negative"), ("lr", float("nan"), "lr"),
+    ("clip_low", 1.5, "at most 1"), ("pass_mark", 0.0, "positive"), ("beta", -1.0, "negative"),
+    ("blind_test", -1, "negative"), ("length_low", 600, "--length_high")))
+def test_ranges_are_checked(name, value, sentence):
+    """Catches: --kappa 30 where 0.30 was meant."""
+    with pytest.raises(ValueError, match=sentence):
+        train.check(replace(train.Config(), data="d", **{name: value}))
+
+
+def test_ffr_that_would_be_grpo_is_refused(world, tmp_path):
+    """Catches: data without evidence under the default teacher: GRPO by the name of FFR."""
+    rows = json.loads((world / "train.json").read_text())
+    (tmp_path / "bare.json").write_text(json.dumps([row | {"evidence": []} for row in rows]))
+    config = config_of(world, tmp_path / "run", data=str(tmp_path / "bare.json"))
+    with pytest.raises(ValueError, match="no sample of .*bare.json has evidence"):
+        run(config)
+    assert not (tmp_path / "run").exists(), "a refused command leaves nothing behind"
+    run(replace(config, method="grpo", steps=1))
+
+
+def test_what_cannot_be_read_ends_a_run(world, tmp_path):
+    """Catches: all steps made on nothing, saved, exit 0."""
+    rows = json.loads((world / "train.json").read_text())[:4]
+    for i, row in enumerate(rows):
+        row["path"] = f"{i}.mp4"
+        (tmp_path / f"{i}.mp4").write_bytes(b"no video")
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    config = config_of(world, tmp_path / "run", data=str(tmp_path / "rows.json"),
+                       video_root=str(tmp_path), steps=50)
+    with pytest.raises(ValueError, match="not one of 4 files could be read; sample train-"):
+        run(config)
+    assert len(runs.read_log(tmp_path / "run/bad_samples.jsonl")) == 4
+
+
+def test_a_second_writer_is_refused(world, tmp_path):
+    """Catches: two runs in one folder, their steps mixed; a lock that outlives its run."""
+    config = config_of(world, tmp_path / "run", steps=1)
+    folder = runs.Folder(tmp_path / "run", "config.json", resume=False)
+    with pytest.raises(ValueError, match="is in use by another command"):
+        run(config)
+    folder.close()
+    assert not (tmp_path / "run").exists()
+    run(config)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="--output .*file cannot be used: Not a directory"):
+        run(replace(config, output=str(tmp_path / "file")))
+
+
+DAMAGES = {"truncated": lambda path: path.write_bytes(path.read_bytes()[:-7]),
+           "emptied": lambda path: path.write_bytes(b""), "missing": lambda path: path.unlink(),
+           "flipped": lambda path: path.write_bytes(bytes([path.read_bytes()[0] ^ 1])
+                                                    + path.read_bytes()[1:])}
+
+
+def test_every_damage_is_named_and_the_checkpoint_before_is_used(world, tmp_path, capsys):
+    """Catches: a traceback from inside a library, bytes that changed unseen, a lost run."""
+    config = config_of(world, tmp_path / "run", steps=3, save_every=1, keep_checkpoints=2)
+    run(config)
+    newest, before = (tmp_path / f"run/checkpoints/step-00000{n}" for n in (3, 2))
+    assert runs.damage(newest) == "" and (newest.parent / "stray").touch() is None
+    files = [path for path in newest.rglob("*") if path.is_file()]
+    assert len(files) > 8 and capsys.readouterr()
+    for path in files:
+        content = path.read_bytes()
+        for how, spoil in DAMAGES.items():
+            if content or how == "missing":
+                spoil(path)
+                reason = runs.damage(newest)
+                assert reason and (path.name in reason), (path, how, reason)
+                assert runs.undamaged_checkpoint(tmp_path / "run") == before
+                said = capsys.readouterr().err
+                assert said.count("\n") == 1 and "is damaged" in said and before.name in said
+                path.write_bytes(content)
+    assert runs.undamaged_checkpoint(tmp_path / "run") == newest
+    straight = untimed(tmp_path / "run/metrics.jsonl")
+    (newest / "model.safetensors").write_bytes(b"")
+    run(replace(config, resume=True))
+    assert untimed(tmp_path / "run/metrics.jsonl") == straight
+    for folder in (newest, before):
+        (folder / "progress.json").write_text("{}")
+    with pytest.raises(ValueError, match="no checkpoint can be read: .*step-000003 is damaged"):
+        run(replace(config, resume=True))
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_sentence(world, tmp_path, monkeypatch):
+    """Catches: a partial checkpoint that keeps the disk full, so that resuming fails too."""
+    config = config_of(world, tmp_path / "run", steps=2, save_every=1)
+
+    def full(run, partial):
+        (partial / "training_state").mkdir(parents=True)
+        raise OSError(28, "No space left on device")
+
+    run(replace(config, steps=2))
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000002")
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "_write_checkpoint", full)
+        with pytest.raises(OSError, match=r"checkpoint of step 2 could not be written to .*GiB"):
+            run(replace(config, resume=True))
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-000001"]
+    run(replace(config, resume=True))
+    assert runs.newest_checkpoint(tmp_path / "run").name == "step-000002"
+
+
+def test_a_stop_within_an_evaluation_is_heeded_and_made_up_for(world, tmp_path, monkeypatch):
+    """Catches: a signal that waits for 28 seconds, and an evaluation lost or counted twice."""
+    config = config_of(world, tmp_path / "run", eval_data=str(world / "heldout.json"),
+                       eval_every=1, steps=2, save_every=100)
+    monkeypatch.setattr(train, "EVAL_PROMPTS", 2)
+    run(replace(config, output=str(tmp_path / "straight")))
+    decoded, seen = train.Run.decoded, []
+
+    def stopping(self, wanted):
+        if self.step == 1 and wanted[0].id.startswith("heldout") and not seen:
+            seen.append(os.kill(os.getpid(), signal.SIGTERM))
+        return decoded(self, wanted)
+
+    monkeypatch.setattr(train.Run, "decoded", stopping)
+    device = torch.device("cpu")
+    assert train.train(config, device, torch.float32) == signal.SIGTERM
+    assert [row["step"] for row in runs.read_log(tmp_path / "run/eval.jsonl")] == [0]
+    assert runs.newest_checkpoint(tmp_path / "run").name == "step-000001"
+    assert train.train(replace(config, resume=True), device, torch.float32) == 0
+    for name in ("eval", "metrics", "patches"):
+        found, wanted = (untimed(tmp_path / f"{run}/{name}.jsonl") for run in ("run", "straight"))
+        assert found == wanted != [], name
+
+
+@pytest.mark.slow
+def test_no_rank_outlives_its_torchrun(world):
+    """Catches: ranks that train on to the end when torchrun was killed."""
+    process = after_step(start(world, "--steps", 500, "--output", "orphans", processes=2), 2)
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    handles = [os.pidfd_open(int(pid)) for pid in listed]
+    assert len(handles) == 2
+    process.kill()
+    for handle in handles:
+        poll = select.poll()
+        poll.register(handle, select.POLLIN)
+        assert poll.poll(120_000), "a rank is still there"
+        os.close(handle)
+    steps = len(runs.read_log(world / "orphans/metrics.jsonl"))
+    assert 2 <= steps < 500
+    assert runs.newest_checkpoint(world / "orphans").name == f"step-{steps:06d}"
+    process.wait()
+
+
+def test_metrics_have_the_same_keys_for_all_methods(world, tmp_path):
+    """Catches: scripts that break on a method that asks no teacher."""
+    keys = {}
+    for method in ("ffr", "grpo"):
+        row, = run(config_of(world, tmp_path / method, method=method, steps=1))
+        keys[method] = {name: sorted(v) if name == "teacher" else None for name, v in row.items()}
+    assert keys["ffr"] == keys["grpo"] and len(keys["grpo"]["teacher"]) > 10
+
+
+def test_clipping_is_counted_over_all_updates(world, tmp_path):
+    """Catches: clip_fraction of the first update, where the ratio is 1 and nothing is clipped."""
+    row, = run(config_of(world, tmp_path / "run", steps=1, updates_per_batch=4, clip_low=1e-3,
+                         clip_high=1e-3, lr=1e-3))
+    assert row["clip_fraction"] > 0
