@@ -34,9 +34,9 @@ from benchmarks.results import Run, digest, merged, read_run, report, table
 from guard import check_money
 from patch import EVIDENCE_LEVELS, alignment, patch_images, render
 from reward import choice, parse_answer
-from runs import (BROKEN, Folder, append, end_processes, everyone, flag, leave, parse, rank,
-                  read_json, read_text, require, require_positive, start_processes, world_size,
-                  write_whole)
+from runs import (BROKEN, Folder, append, asked_with, check_model, end_processes, everyone, flag,
+                  leave, parse, rank, read_json, read_text, require, require_positive,
+                  start_processes, wording, world_size, write_whole)
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,8 @@ def check(config: Config) -> None:
                 f"--{name} is for --benchmark {benchmark}")
     check_money(config.api_price, config.api_budget, "--api")
     api = config.model.startswith("anthropic:")
+    if config.model and not api:
+        check_model(config.model)
     require(not (config.with_patches and (api or config.predictions)),
             "--with_patches needs a student, --model with a checkpoint")
     require(not (api and "RANK" in os.environ), "--model anthropic: runs without torchrun")
@@ -252,8 +254,7 @@ class Asked:
         self.config = config
         self.student = Student.load(config.model, device, dtype, config.attention, trainable=False,
                                     cuda_graphs=config.cuda_graphs)
-        template = read_text(config.template) if config.template else None
-        self.prompts = data.Prompts(self.student.processor, template)
+        self.prompts = data.Prompts(self.student.processor, wording(config))
         self.student.text = self.prompts.text
         self.sampling = ffr.Sampling(config.max_completion, config.temperature, config.top_p, 0.5)
         self.prompts.refuse_long([sample_of(q) for q in questions], config.max_prompt,
@@ -557,8 +558,11 @@ def main(argv: list[str] | None = None) -> None:
     """Evaluate what the command line says, or print a table over runs."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        text = table(argv[1:]) if argv[:1] == ["table"] else \
-            evaluate(parse(Config, argv, __doc__.split("\n\n")[0])[0])
+        if argv[:1] == ["table"]:
+            text = table(argv[1:])
+        else:
+            config, given = parse(Config, argv, __doc__.split("\n\n")[0])
+            text = evaluate(asked_with(config, given) if config.model else config)
         if text:
             print(text)
     except (ValueError, FileNotFoundError) as error:

@@ -75,6 +75,7 @@ class Group:
     prefix: Any  # the segment x = [system, video, question]
     slots: list[Slot] = field(default_factory=list)
     note: Any = None  # what one of methods.py keeps about it
+    place: str = ""  # tells groups of one sample in a step apart
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def find(student: Any, cache: Any, groups: list[Group], header: Any, score: Call
         slots[n] = Slot(_scored(student, sample, header, completion, score, sampling))
         ask(sample, slots[n], diagnose)
 
-    uniforms = [noise(f"{key}/{group.sample.id}/find", count, sampling.max_completion)
+    uniforms = [noise(f"{key}/{group.sample.id}{group.place}/find", count, sampling.max_completion)
                 for group, count in zip(groups, counts)]
     student.sample(cache, [header] * len(owners), owners, torch.cat(uniforms),
                    sampling.max_completion, sampling.temperature, sampling.top_p, done=verify)
@@ -190,7 +191,7 @@ def reason(student: Any, cache: Any, groups: list[Group], write: Callable, score
     if not patched:
         return
     rows = len(groups[0].slots)
-    uniforms = [noise(f"{key}/{group.sample.id}/reason", rows, sampling.max_completion)
+    uniforms = [noise(f"{key}/{group.sample.id}{group.place}/reason", rows, sampling.max_completion)
                 for group in groups]
     suffixes = [write(groups[b].sample, groups[b].slots[i].patch) for b, i in patched]
     completions = student.sample(

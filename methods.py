@@ -636,7 +636,6 @@ def useful(config: Any) -> dict[str, tuple[bool, str]]:
     name, kind = config.method, METHODS[config.method]
     service, tries = kind.asks and config.teacher == "anthropic", kind.repairs and kind.compares
     tools = "tools" in config.teacher_prompt.split(",")
-    several = config.updates_per_batch > 1
     rules = (
         ("teacher", kind.asks, "methods that ask a teacher"),
         ("teacher_url teacher_model teacher_cache teacher_price teacher_budget teacher_timeout "
@@ -650,12 +649,9 @@ def useful(config: Any) -> dict[str, tuple[bool, str]]:
         ("kappa alignment_weight train_on", tries, "--method ffr and ffr_visd"),
         ("score_under", tries and config.train_on == "chosen",
          "--method ffr and ffr_visd with --train_on chosen"),
-        ("rollouts top_p select no_std dynamic_sampling beta", kind.compares,
-         "methods that compare rollouts"),
+        ("rollouts top_p select no_std dynamic_sampling beta clip_low clip_high ratio",
+         kind.compares, "methods that compare rollouts"),
         ("pass_mark", kind.compares or name == "sft_teacher", "methods that verify answers"),
-        ("clip_low clip_high ratio", kind.compares and several,
-         "methods that compare rollouts, with --updates_per_batch above 1: before that the ratio "
-         "is 1"),
         ("length_low length_high", name == "tgrpo", "--method tgrpo"),
         ("shape_gamma", name in ("luffy", "replay"), "--method luffy and replay"),
         ("replay_share replay_start", name == "replay", "--method replay"),

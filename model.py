@@ -365,9 +365,13 @@ class Student(nn.Module):
         names = attention_names(attention, on_cuda, dtype)
         if on_cuda:  # its backward can be NaN for masks on Hopper: pytorch issue 196678
             torch.backends.cuda.enable_cudnn_sdp(False)
-        with _no_bars():
-            model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto",
-                                                                attn_implementation=names)
+        try:
+            with _no_bars():
+                model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto",
+                                                                    attn_implementation=names)
+        except OSError as error:  # whatever hub or disk say, in one line
+            why = str(error).strip().split("\n")[0]
+            raise ValueError(f"--model {path} cannot be loaded: {why}") from None
         if recompute:
             recompute_blocks(model)
         model.train(trainable)

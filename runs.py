@@ -484,6 +484,47 @@ class Folder:
         self.lock, self.made = None, []
 
 
+ASKED_WITH = "frames", "max_pixels", "max_image_pixels", "max_completion"
+
+
+def check_model(path: str) -> None:
+    """Refuse a --model that is no folder or hub name; name the checkpoint of a run's folder."""
+    newest = newest_checkpoint(path)
+    require(not newest, f"--model {path} is a run's folder: its newest checkpoint is {newest}")
+    folder, hub = Path(path), re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)
+    require(folder.is_dir() or hub and not folder.exists(),
+            f"--model {path}: there is no such folder")
+    require(not folder.is_dir() or (folder / "config.json").exists(),
+            f"--model {path} is no checkpoint: it has no config.json")
+
+
+def asked_with(config: Any, given: set[str]) -> Any:
+    """Return the flags with what the checkpoint was trained to be asked with, and say so.
+
+    student.json in the checkpoint has it; a flag that was given wins.
+    """
+    saved = trained_with(config.model)
+    changes = {name: saved[name] for name in ASKED_WITH if name in saved and name not in given
+               and getattr(config, name, saved[name]) != saved[name]}
+    wording = bool(saved.get("template")) and "template" not in given
+    if changes or wording:
+        said = [f"--{name} {value}" for name, value in changes.items()] + ["its wording"] * wording
+        say(f"as {config.model} was trained: {', '.join(said)}")
+    return replace(config, **changes)
+
+
+def trained_with(model: str) -> dict:
+    """Return what student.json in a checkpoint says, {} where there is none."""
+    path = Path(model) / "student.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def wording(config: Any) -> str | None:
+    """Return the question's wording: --template's, else the one the checkpoint was trained with."""
+    return read_text(config.template) if config.template else \
+        trained_with(config.model).get("template")
+
+
 @contextmanager
 def waiting_for(path: Path):
     """Hold a folder in the block; wait while another command holds it."""
@@ -549,15 +590,16 @@ def save(run: Any) -> None:
     every random number derives from (seed, step, sample). progress.json, written last, has the
     size and digest of every file. OSError, with the disk's free space, where it cannot be written.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
     folder = run.output / "checkpoints" / f"step-{run.step:06d}"
     if folder.exists():
         return
     partial = folder.with_suffix(".partial")
     try:
         _write_checkpoint(run, partial)
-    except (OSError, RuntimeError, SafetensorError) as error:  # what full disks make libraries say
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+        free, why = shutil.disk_usage(run.output).free, str(error).strip().split("\n")[-1]
         shutil.rmtree(partial, ignore_errors=True)
-        free, why = shutil.disk_usage(run.output).free, str(error).strip().split("\n")[0]
         raise OSError(f"the checkpoint of step {run.step} could not be written to {folder.parent} "
                       f"({why}); {free / 2**30:.1f} GiB are free there; what was saved before is "
                       "whole") from error
@@ -578,6 +620,10 @@ def _write_checkpoint(run, partial):
         partial.mkdir(parents=True)
     everyone(None)
     run.student.save(partial, run.dtype)
+    if rank() == 0:
+        saved = {name: getattr(run.config, name) for name in ASKED_WITH}
+        write_whole(partial / "student.json",
+                    json.dumps(saved | {"template": wording(run.config)}, indent=1))
     with _alone():
         dcp.save(_training_state(run), no_dist=not dist.is_initialized(),
                  checkpoint_id=partial / "training_state")

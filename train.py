@@ -31,11 +31,12 @@ from data import Sample
 from guard import check_money
 from model import Student
 from patch import EVIDENCE_LEVELS, Patch, alignment, outside_clip, patch_images, render
-from runs import (BROKEN, Folder, Phases, Stopper, about, append, changed, cut_logs, digest,
+from runs import (BROKEN, Folder, Phases, Stopper, about, append, asked_with, changed, check_model,
+                  cut_logs, digest,
                   end_processes, everyone, flag, going_on, leave, metrics, newest_checkpoint, parse,
                   peak_memory, postfix, rank, read_folders, read_json, read_log, read_rows,
-                  read_text, require, require_positive, resume, save, say, start_processes, summary,
-                  waiting_for, world_size, write_whole)
+                  require, require_positive, resume, save, say, start_processes, summary,
+                  waiting_for, wording, world_size, write_whole)
 from teacher import STATS, Teacher, TeacherConfig, make_teacher
 from video import MAX_IMAGE_PIXELS, Clip, ClipLoader, FrameCache
 
@@ -297,8 +298,7 @@ class Run:
         compared = config.beta > 0 and self.method.compares
         self.reference = load(trainable=False) if compared else None
         self.method.start(load)
-        template = read_text(config.template) if config.template else None
-        self.prompts = data.Prompts(self.student.processor, template)
+        self.prompts = data.Prompts(self.student.processor, wording(config))
         self.student.text = self.prompts.text
         self.prompts.refuse_long([*self.samples, *self.eval_samples], config.max_prompt,
                                  config.frames, config.max_pixels, config.max_image_pixels)
@@ -325,7 +325,14 @@ class Run:
         self.loader.submit(wanted)
         if step + 1 < self.steps:
             self.loader.submit(self.step_samples(step + 1))
-        return self.groups(wanted)
+        groups = self.groups(wanted)
+        first = step * world_size() * self.config.batch_prompts
+        before = rank() * self.config.batch_prompts  # prompts of the step on earlier ranks
+        seen = Counter(self.sample_at(first + b).id for b in range(before))
+        for group in groups:  # fewer samples than prompts: each place has rollouts of its own
+            group.place = f"#{seen[group.sample.id]}" if seen[group.sample.id] else ""
+            seen[group.sample.id] += 1
+        return groups
 
     def groups(self, samples: list[Sample]) -> list[ffr.Group]:
         """Return empty groups of the samples that can be decoded."""
@@ -775,6 +782,9 @@ def main(argv: list[str] | None = None) -> None:
             config = going_on(config, given, FREE)
         elif not config.model:
             require(not config.data, "--data needs --model: without, the toy world is trained on")
+        else:
+            check_model(config.model)
+            config = asked_with(config, given)
         refuse_useless(config, given)
         device, dtype = start_processes(config.dtype, config.cuda_graphs, trains=True)
         if not config.model:

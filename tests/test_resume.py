@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import select
 import shutil
 import signal
@@ -139,7 +140,7 @@ def test_a_flag_that_changes_nothing_is_refused():
 
     asking = "ffr sft sft_teacher luffy judge visd ffr_visd"
     comparing = " ".join(set(methods.METHODS) - {"sft", "sft_teacher"})
-    service, everything = ("anthropic",), set(kinds)
+    service = ("anthropic",)
     table = {
         "teacher": all_but(asking), "no_gt": all_but("ffr sft judge visd ffr_visd", service),
         "teacher_prompt": all_but("ffr sft ffr_visd", service),
@@ -155,10 +156,9 @@ def test_a_flag_that_changes_nothing_is_refused():
         **{name: all_but("ffr ffr_visd") for name in
            "kappa alignment_weight train_on score_under".split()},
         **{name: all_but(comparing) for name in
-           "rollouts top_p select no_std dynamic_sampling beta".split()},
+           "rollouts top_p select no_std dynamic_sampling beta clip_low clip_high ratio".split()},
         **{name: all_but("replay") for name in ("replay_share", "replay_start")},
-        **{name: all_but("rlsd visd ffr_visd") for name in "sd_lambda sd_horizon sd_clip".split()},
-        **{name: everything for name in "clip_low clip_high ratio".split()}}  # one update: ratio 1
+        **{name: all_but("rlsd visd ffr_visd") for name in "sd_lambda sd_horizon sd_clip".split()}}
     always = set("""model data video_root eval_data eval_every output method max_completion
         max_prompt frames max_pixels max_image_pixels temperature template loss_norm lr warmup_steps
         weight_decay max_grad_norm steps epochs batch_prompts updates_per_batch micro_tokens
@@ -167,7 +167,7 @@ def test_a_flag_that_changes_nothing_is_refused():
     for name in (f.name for f in fields(train.Config)):
         assert refused(name) == (set() if name in always else table[name]), name
     assert always | table.keys() == {f.name for f in fields(train.Config)}
-    for changes, flag in ((dict(updates_per_batch=2), "clip_high"), (dict(steps=5), "epochs"),
+    for changes, flag in ((dict(steps=5), "epochs"),
                           (dict(eval_data=""), "eval_every"), (dict(decode_workers=0),
                                                                "decode_seconds"),
                           (dict(train_on="original"), "score_under"),
@@ -322,6 +322,103 @@ def test_no_rank_outlives_its_torchrun(world):
     assert 2 <= steps < 500
     assert runs.newest_checkpoint(world / "orphans").name == f"step-{steps:06d}"
     process.wait()
+
+
+@pytest.mark.slow
+def test_random_kills_lose_nothing(world):
+    """Catches: a moment, in a step, a checkpoint or an evaluation, at which a kill costs files."""
+    flags = ("--steps", 4, "--save_every", 1, "--eval_data", "heldout.json", "--eval_every", 2)
+    finish(start(world, *flags, "--output", "whole"))
+    rng = random.Random(os.environ.get("KILLS_SEED", "0"))
+    process, kills = start(world, *flags, "--output", "hurt"), 0
+    while kills < int(os.environ.get("KILLS", "6")):
+        process.stdout.read(rng.randrange(1, 1500))  # so much of its output, then the kill
+        process.send_signal(signal.SIGKILL)
+        code = process.wait()
+        if code == 0 and (world / "hurt/config.json").exists():
+            break
+        kills += code != 0
+        begun = (world / "hurt/config.json").exists()
+        process = go_on(world, "--output", "hurt") if begun else \
+            start(world, *flags, "--output", "hurt")
+    finish(process)
+    for name in ("metrics", "patches", "eval"):
+        found, wanted = (untimed(world / f"{which}/{name}.jsonl") for which in ("hurt", "whole"))
+        assert found == wanted != [], name
+    weights = [world / f"{which}/checkpoints/step-000004/model.safetensors"
+               for which in ("hurt", "whole")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_a_sentence_and_costs_no_checkpoint(world, tmp_path):
+    """Catches: a traceback, a partial checkpoint that keeps the disk full, a run that cannot go on;
+    a full cache that ends a run.
+    """
+    small, cache = tmp_path / "small", tmp_path / "cache"
+    for folder, size in ((small, "17m"), (cache, "100k")):
+        folder.mkdir()
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder],
+                                 capture_output=True, text=True)
+        if mounted.returncode:
+            pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")
+    try:
+        flags = ("--steps", 3, "--save_every", 1, "--keep_checkpoints", 1, "--frame_cache", cache)
+        output = finish(start(world, *flags, "--output", small / "run"), 1)
+        said = [line for line in output.split("\n") if line.startswith("train.py: ")]
+        assert len(said) == 1 and "the checkpoint of step 2 could not be written" in said[0]
+        assert "Traceback" not in output and "the frame cache cannot be written" in output
+        left = runs.newest_checkpoint(small / "run")
+        assert left.name == "step-000001" and runs.damage(left) == ""
+        assert [path.name for path in left.parent.iterdir()] == [left.name]
+        subprocess.run(["mount", "-o", "remount,size=60m", small], check=True)
+        finish(go_on(world, "--output", small / "run"))
+        assert [row["step"] for row in runs.read_log(small / "run/metrics.jsonl")] == [0, 1, 2]
+    finally:
+        for folder in (small, cache):
+            subprocess.run(["umount", folder], check=True)
+
+
+def test_a_checkpoint_says_what_it_was_trained_to_be_asked_with(world, tmp_path, monkeypatch,
+                                                                capsys):
+    """Catches: trained with one wording and size, evaluated with others: format 0, accuracy 0."""
+    run(config_of(world, tmp_path / "run", steps=1, frames=4))
+    model = str(runs.newest_checkpoint(tmp_path / "run"))
+    saved = json.loads((Path(model) / "student.json").read_text())
+    assert saved == {"frames": 4, "max_pixels": 56 * 56, "max_image_pixels": 401408,
+                     "max_completion": 40, "template": (world / "template.txt").read_text()}
+    capsys.readouterr()
+    plain = replace(train.Config(), model=model)
+    asked = runs.asked_with(plain, {"model", "max_completion"})
+    assert (asked.frames, asked.max_pixels, asked.max_completion) == (4, 56 * 56, 1024)
+    assert capsys.readouterr().out == (f"as {model} was trained: --frames 4, --max_pixels 3136, "
+                                       "its wording\n")
+    assert runs.wording(asked) == (world / "template.txt").read_text()
+    assert runs.asked_with(replace(plain, model="hub/name"), set()) == replace(plain,
+                                                                                model="hub/name")
+
+
+@pytest.mark.parametrize("path, sentence", (
+    ("run", "is a run's folder: its newest checkpoint is .*step-000001"), ("/nowhere", "no such"),
+    ("empty", "is no checkpoint: it has no config.json"), ("a b", "no such folder")))
+def test_a_model_that_is_none_is_refused_at_once(world, tmp_path, path, sentence):
+    """Catches: a traceback of 25 lines, and a folder that then refuses the corrected command."""
+    (tmp_path / "run/checkpoints/step-000001").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=f"--model .*{sentence}"):
+        runs.check_model(path if path[0] in "/a" else str(tmp_path / path))
+
+
+def test_a_sample_twice_in_a_step_is_not_tried_alike(world, tmp_path):
+    """Catches: fewer samples than prompts: the same rollouts twice, and twice their weight."""
+    rows = json.loads((world / "train.json").read_text())[:1]
+    (tmp_path / "one.json").write_text(json.dumps(rows))
+    config = config_of(world, tmp_path / "run", data=str(tmp_path / "one.json"), batch_prompts=2,
+                       temperature=1.5)
+    made = train.Run(config, torch.device("cpu"), torch.float32)
+    groups = made.method.fill(made, 0, runs.Phases(made.device))
+    first, second = ([slot.first.ids_C.tolist() for slot in group.slots] for group in groups)
+    assert groups[0].sample.id == groups[1].sample.id and first != second
 
 
 def test_metrics_have_the_same_keys_for_all_methods(world, tmp_path):
