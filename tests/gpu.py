@@ -276,7 +276,7 @@ def toy_run(note: Findings, device: torch.device, dry: bool) -> None:
     folder = note.path.parent / "toy"
     folder.mkdir(parents=True, exist_ok=True)
     steps = 3 if dry else 30
-    flags = ["--steps", str(steps), "--save_every", "2", "--eval_every", "0"]
+    flags = ["--steps", str(steps), "--save_every", "2"]
     if dry:
         import toy
         toy.make(folder / "world", train=10, heldout=5, warm=10, pretrained=False)
