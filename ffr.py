@@ -30,9 +30,8 @@ from torch import Tensor
 
 DELTA = 1e-4  # δ of Eq. 9
 KL_CLAMP = 10.0  # largest |log ratio| in the KL, so that one stray token cannot overflow exp
-# Largest log ratio in CLIP: exp overflows from 88.7 on, and then even a clipped token has gradient
-# NaN. Beyond it Â > 0 is clipped anyway; Â < 0 has no gradient, it would be all of the update.
-RATIO_CLAMP = 20.0
+RATIO_CLAMP = 20.0  # largest log ratio in CLIP: beyond 88.7 exp would give gradients of NaN;
+# beyond the clamp Â > 0 is clipped anyway, and Â < 0 has no gradient: it would be all of the update
 
 
 @dataclass
@@ -88,10 +87,7 @@ class Sampling:
 
 
 def noise(key: str, rows: int, length: int) -> Tensor:
-    """Draw uniform numbers [rows, length] that depend on nothing but `key`.
-
-    So rollouts are the same on any number of processes, in any batch, after any resume.
-    """
+    """Draw uniform numbers [rows, length] by `key` alone, whatever processes, batch or resume."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
     return torch.rand(rows, length, generator=torch.Generator().manual_seed(seed))
 
@@ -104,8 +100,7 @@ def step(student: Any, reference: Any, groups: list[Group], header: Any, score: 
 
     train.py goes the same way through the same functions, with several processes, clocks and the
     hooks of other methods in between. reference: π_ref, None for no KL; groups: one for each
-    prompt, still empty; header: the segment before a completion; epsilon, beta: ε and β; the
-    collaborators score, diagnose, write and align are described where they are used.
+    prompt, still empty; header: the segment before a completion; epsilon, beta: ε and β.
     """
     cache = student.prefill([group.prefix for group in groups])
     find(student, cache, groups, header, score, diagnose, key, rollouts, sampling)  # Eq. 3, Eq. 4
@@ -358,7 +353,6 @@ def loss(logp_T: Tensor, batch: MicroBatch, clip_low: float, clip_high: float, b
          surrogate: Callable | None = None) -> tuple[Tensor, dict]:
     """Return −J = −Σ_t w_t [ CLIP(r_t, Â_t, ε) − β KL_t ]  (Eq. 11; Eq. 2 for GRPO).
 
-    w_t = 1/Σ_i|τ̂_i|, see token_weights.
     r_t = π_θ(τ̂_t | x̂, τ̂_<t) / π_old(same)  (Eq. 10): `logp_T` and the batch's old_logp_T are of
     the same observation x̂. surrogate: what a method of methods.py has in CLIP's place.
     KL_t = exp(d) − d − 1 with d = log π_ref − log π_θ (k3), unbiased for KL[π_θ ‖ π_ref].
