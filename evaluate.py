@@ -119,6 +119,19 @@ def check(config: Config) -> None:
         api_key(" and ".join(asking))
 
 
+def refuse_useless(config: Config, given: set[str]) -> None:
+    """Refuse a flag that was given and changes nothing in this run, in one sentence."""
+    asks = is_api(config) or config.judge or config.with_patches == "anthropic"
+    for names, heeded, where in (
+            ("api_url api_price api_budget", asks, "--model anthropic:NAME, --judge and "
+             "--with_patches anthropic"),
+            ("teacher_model", config.with_patches == "anthropic", "--with_patches anthropic"),
+            ("evidence", config.with_patches, "--with_patches")):
+        for name in names.split():
+            require(heeded or name not in given,
+                    f"--{name} changes nothing in this run: it is for {where}")
+
+
 # ---------------------------------------------------------------------------------------------
 # The folder of a run
 
@@ -562,6 +575,8 @@ def main(argv: list[str] | None = None) -> None:
             text = table(argv[1:])
         else:
             config, given = parse(Config, argv, __doc__.split("\n\n")[0])
+            check(config)
+            refuse_useless(config, given)
             text = evaluate(asked_with(config, given) if config.model else config)
         if text:
             print(text)

@@ -710,13 +710,14 @@ def evaluate_if_due(run: Run) -> int:
 
 def warn(rows: list[dict]) -> None:
     """Say what the first steps show to be wrong: no answer in its format, a teacher that fails."""
-    if not any(row["format"] for row in rows if row["format"] is not None):
-        say(f"warning: no completion of {len(rows)} steps kept the <think>...<answer> format: is "
+    formats = [row["format"] for row in rows if row["format"] is not None]
+    if formats and not any(formats):
+        say(f"\nwarning: no completion of {len(rows)} steps kept the <think>...<answer> format: is "
             "--template the wording that the student was trained with?")
     asked = sum(row["teacher"]["calls"] for row in rows)
     reasons = sum((Counter(row["unpatched_by_reason"]) for row in rows), Counter())
     if reasons and 2 * reasons.total() > asked:
-        say(f"warning: {reasons.total()} of {asked:.0f} diagnoses brought no patch, mostly: "
+        say(f"\nwarning: {reasons.total()} of {asked:.0f} diagnoses brought no patch, mostly: "
             f"{reasons.most_common(1)[0][0]}")
 
 

@@ -555,6 +555,12 @@ def test_silence_is_wrong_before_a_judge_too(world, tmp_path, monkeypatch):
      "--video_root nowhere is not a folder"),
     (["--benchmark", "mmvu", "--data", "d", "--predictions", "p", "--with_patches", "annotated"],
      "--with_patches needs a student"),
+    (["--benchmark", "mmvu", "--data", "d", "--predictions", "p", "--api_url", "http://x"],
+     "--api_url changes nothing in this run: it is for --model anthropic:NAME, --judge and"),
+    (["--benchmark", "mmvu", "--data", "d", "--predictions", "p", "--evidence", "none"],
+     "--evidence changes nothing in this run: it is for --with_patches"),
+    (["--benchmark", "mmvu", "--data", "d", "--predictions", "p", "--teacher_model", "m"],
+     "--teacher_model changes nothing in this run"),
     (["table", "nowhere"], "nowhere holds no run"),
     (["table", ".", "--paper", "99"], "there are Tables 2, 3")))
 def test_bad_flags_are_one_sentence(tmp_path, monkeypatch, capsys, given, sentence):

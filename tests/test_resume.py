@@ -421,6 +421,18 @@ def test_a_sample_twice_in_a_step_is_not_tried_alike(world, tmp_path):
     assert groups[0].sample.id == groups[1].sample.id and first != second
 
 
+@pytest.mark.parametrize("formats, reasons, said", (
+    ((0.0, 0.0), {}, "no completion of 2 steps kept"), ((None, None), {}, ""), ((0.0, 0.1), {}, ""),
+    ((1.0, 1.0), {"time limit": 3}, "6 of 8 diagnoses brought no patch, mostly: time limit"),
+    ((1.0, 1.0), {"time limit": 1}, "")))
+def test_the_first_steps_say_what_is_wrong(capsys, formats, reasons, said):
+    """Catches: a warning where nothing is sampled (sft), silence where formats or patches fail."""
+    train.warn([{"format": form, "teacher": {"calls": 4}, "unpatched_by_reason": reasons}
+                for form in formats])
+    found = capsys.readouterr().out
+    assert said in found and bool(found) == bool(said)
+
+
 def test_metrics_have_the_same_keys_for_all_methods(world, tmp_path):
     """Catches: scripts that break on a method that asks no teacher."""
     keys = {}
