@@ -45,7 +45,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one file; ClipLoader fills in `clip`."""
+    """One question about one file, or, of media_type "", without; ClipLoader fills in `clip`."""
     id: str
     question: str
     options: tuple[str, ...]
@@ -60,16 +60,17 @@ class Sample:
     span: tuple[float, float] | None = None  # seconds of the file that are shown; None: all
 
 
-def load_samples(rows: list, folders: dict[str, Path]) -> list[Sample]:
+def load_samples(rows: list, folders: dict[str, Path], prefix: str = "") -> list[Sample]:
     """Read rows in Video-R1's format; one ValueError names all the rows that are wrong.
 
     folders: where the media of a data_source lie, looked up by the data_source, its first path
     component, "" and "default" in turn. A row without problem_id goes by its number, from 0.
+    prefix: what ids begin with, so that those of several files differ.
     """
     samples, problems, row_of = [], [], {}
     _require_rows(rows)
     for number, row in enumerate(rows):
-        name = _name(row, number)
+        name = prefix + _name(row, number)
         try:
             samples.append(_sample(row, name, folders))
             _require(name not in row_of, f"rows {row_of.get(name)} and {number} have the same id")
@@ -235,6 +236,7 @@ class Prompts:
 
     template: the user's text with {question} and, if wanted, {answer_format}.
     header: what the chat template writes between the user's text and the completion.
+    opened: the header's end that begins the response: <think> of a checkpoint that always thinks.
     """
 
     def __init__(self, processor, template=None):
@@ -249,7 +251,10 @@ class Prompts:
         special |= {token.content for token in added if token.special}
         longest_first = sorted(special, reverse=True)  # of those that begin alike
         self.special = re.compile("|".join(map(re.escape, longest_first)))
+        lost = self.special.findall("<think></think><answer></answer>")
+        _require(not lost, f"the tokenizer has {lost} as special tokens, never sampled nor read")
         self.header_text = self._render([])[1]
+        self.opened = self.header_text.partition("assistant\n")[2].lstrip()
         self.header = self._plain(self.header_text)
         # how the chat shows an image: what stands between two texts with an image between them
         shown = self._render([{"type": "text", "text": END}, {"type": "image"}])[0]
@@ -276,8 +281,8 @@ class Prompts:
         return text + self._media_bound(sample, frames, max_pixels, max_image_pixels)
 
     def _media_bound(self, sample, frames, max_pixels, max_image_pixels=MAX_IMAGE_PIXELS):
-        if sample.media_type == "image":
-            return max_image_pixels // self.factor**2
+        if sample.media_type != "video":
+            return max_image_pixels // self.factor**2 if sample.media_type else 0
         tokens = max_pixels // self.factor**2 + TIMESTAMP_TOKENS
         return math.ceil(frames / self.temporal) * tokens
 
@@ -287,8 +292,9 @@ class Prompts:
         limits: as in prompt_bound. Where the text's length settles it, as for nearly all samples,
         nothing is rendered or tokenised: that would take minutes for hundreds of thousands.
         """
-        chats = {media_type: self._render([{"type": media_type}, {"type": "text", "text": ""}])[0]
-                 for media_type in {sample.media_type for sample in samples}}
+        empty = {"type": "text", "text": ""}
+        chats = {kind: self._render([{"type": kind}] * bool(kind) + [empty])[0]
+                 for kind in {sample.media_type for sample in samples}}
         for sample in samples:
             room = max_prompt - self._media_bound(sample, *limits)
             if self._most_tokens(sample, chats[sample.media_type]) <= room:
@@ -321,20 +327,26 @@ class Prompts:
         return replace(segment, ids=torch.cat([segment.ids, self.header.ids]))
 
     def completion(self, text: str) -> Tensor:
-        """Return the ids of a text and EOS."""
+        """Return the ids of a response and EOS, without what the chat template opens it with."""
+        text, opening = self.clean(text), self.opened.strip()
+        if opening:
+            text = text.lstrip().removeprefix(opening).lstrip()
+        if opening.endswith("<think>") and "</think>" not in text:
+            text = f"</think>\n\n{text}"  # nothing was thought
         eos = torch.tensor([self.tokenizer.eos_token_id])
-        return torch.cat([self._plain(self.clean(text)).ids, eos])
+        return torch.cat([self._plain(text).ids, eos])
 
     def text(self, ids: Tensor) -> str:
-        """Return ids as text, without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        """Return a completion's ids as the response, with what the chat template has opened."""
+        return self.opened + self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _prefix_text(self, sample):
         """Return the chat up to the end of the user's text, a placeholder for video or image."""
         options = ["Options:", *sample.options] if sample.options else []
         text = self.template.replace("{answer_format}", ANSWER_FORMATS[sample.kind])
         text = self.clean(text.replace("{question}", "\n".join([sample.question, *options])))
-        before, after = self._render([{"type": sample.media_type}, {"type": "text", "text": text}])
+        seen = [{"type": sample.media_type}] * bool(sample.media_type)
+        before, after = self._render([*seen, {"type": "text", "text": text}])
         assert after == self.header_text, f"sample {sample.id}: the chat template wrote {after!r}"
         if start := getattr(self.processor, "vision_start_token", None):
             # Qwen3-VL's processor tags each temporal patch. The one released with the checkpoints
@@ -357,15 +369,17 @@ class Prompts:
         return Segment(ids.long(), None, torch.zeros(0, 3, dtype=torch.long), torch.zeros(0))
 
     def _seen(self, text, media_type, clips):
-        """Return a text with a placeholder for each clip, all images or all videos."""
+        """Return a text with a placeholder for each clip, all images or all videos; "": none."""
+        if not media_type:
+            return self._plain(text)
         options = {"do_resize": False, "input_data_format": "channels_first"}
         if media_type == "image":
             media = {"images": [clip.frames[0] for clip in clips], "images_kwargs": options}
             names, token = ("pixel_values", "image_grid_thw"), self.processor.image_token_id
         else:
-            metadata = [{"fps": clip.fps, "duration": clip.duration,
-                         "total_num_frames": clip.total_frames,
-                         "frames_indices": list(clip.indices)} for clip in clips]
+            # at one frame a second, the numbers of frames are seconds: the clip's own clock
+            metadata = [{"fps": 1.0, "duration": clip.duration, "frames_indices": list(clip.times),
+                         "total_num_frames": clip.duration - clip.times[0]} for clip in clips]
             options |= {"do_sample_frames": False, "video_metadata": metadata}
             if hasattr(self.processor.video_processor, "cap_pixels_per_frame"):
                 options["cap_pixels_per_frame"] = False  # it would warn of sizes that are ours
@@ -378,4 +392,3 @@ class Prompts:
                  f"{placeholders} placeholders stand for {patches} patches")
         seconds = torch.as_tensor(out.get("second_per_grid_ts", [0.0] * len(clips)))
         return Segment(ids, pixels, grids, seconds.float())
-

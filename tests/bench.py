@@ -4,6 +4,7 @@
     python tests/bench.py --quick                               does it run at all
     python tests/bench.py --linear                              our cost over lengths and prompts
     python tests/bench.py --profile                             what our decoding spends its time on
+    python tests/bench.py --reading                             reading videos: PyAV, decord, others
     python tests/bench.py --device cuda --model 7b --recompute --cuda_graphs
                                                                 real shapes, random weights, bf16
 
@@ -485,6 +486,73 @@ def column(models, prefix, C, laps, speeds, prefilled):
     return cells
 
 
+def reading(flags):
+    """Print how long readers take for 16 frames spread over a film, ours as 1, side by side.
+
+    Ours and decord's go through video.decode, without the comparison of pictures that --decoder
+    decord makes; torchcodec, where it is installed, is scaled alike.
+    """
+    import tempfile
+
+    import av
+    import decord
+    import numpy as np
+    import video
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except (ImportError, RuntimeError):  # it brings no FFmpeg of its own
+        VideoDecoder = None
+    torch.set_num_threads(1)
+    limits = 128 * 28 * 28, 28
+
+    def ours(path):
+        video._video.cache_clear()
+        return video.decode(path, "video", 16, *limits).frames
+
+    def by_decord(path):
+        reader = decord.VideoReader(path, num_threads=1)
+        batch = reader.get_batch(video.frame_indices(len(reader), 16)).asnumpy()
+        return video.resize(torch.from_numpy(batch).permute(0, 3, 1, 2), *limits)
+
+    def by_torchcodec(path):
+        reader = VideoDecoder(path, num_ffmpeg_threads=1)
+        indices = video.frame_indices(reader.metadata.num_frames, 16)
+        return video.resize(reader.get_frames_at(indices).data, *limits)
+
+    readers = {"PyAV": ours, "decord": by_decord} | (
+        {"torchcodec": by_torchcodec} if VideoDecoder else {})
+    films = [("h264 720p, 60 s", "libx264", 1280, 720, 60, "mp4"),
+             ("h264 360p, 180 s", "libx264", 640, 360, 180, "mp4"),
+             ("hevc 360p, 60 s", "libx265", 640, 360, 60, "mp4"),
+             ("xvid 360p, 60 s, avi", "mpeg4", 640, 360, 60, "avi")][:1 if flags.quick else 4]
+    print("| times as long as PyAV |", *(f"{name} |" for name in readers))
+    with tempfile.TemporaryDirectory() as folder:
+        for title, codec, width, height, seconds, ending in films:
+            path = f"{folder}/{width}{codec}.{ending}"
+            blocks = height // 8, width // 8, 3
+            noise = np.random.default_rng(0).integers(0, 255, blocks, np.uint8)
+            scene = noise.repeat(8, 0).repeat(8, 1)
+            with av.open(path, "w") as container:
+                stream = container.add_stream(codec, rate=30)
+                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+                stream.bit_rate = 2_000_000
+                for i in range(30 * (2 if flags.quick else seconds)):
+                    frame = av.VideoFrame.from_ndarray(np.roll(scene, 2 * i, 1))
+                    container.mux(stream.encode(frame))
+                container.mux(stream.encode())
+            laps, shown = {name: [] for name in readers}, {}
+            for _ in range(flags.repeats):
+                for name, reader in readers.items():
+                    began = time.perf_counter()
+                    shown[name] = reader(path)
+                    laps[name].append(time.perf_counter() - began)
+            apart = [(shown[name].float() - shown["PyAV"].float()).abs().mean((1, 2, 3)).max()
+                     for name in readers]
+            print(f"| {title} |", *(
+                f"{median(laps[name]) / median(laps['PyAV']):.2f}"
+                + " (other pictures)" * bool(far > 2) + " |" for name, far in zip(readers, apart)))
+
+
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
@@ -501,6 +569,7 @@ def parse(argv):
     add("--cuda_graphs", action="store_true", help="our decode steps recorded, as in train.py")
     add("--linear", action="store_true", help="only our cost over lengths and numbers of prompts")
     add("--profile", action="store_true", help="only the operations of our decoding")
+    add("--reading", action="store_true", help="only the reading of videos, on one thread")
     add("--quick", action="store_true", help="one tiny shape, once")
     add("--json", default="", help="file for all figures")
     add("--child", default="", help=argparse.SUPPRESS)  # way,P,C of a fresh process for memory
@@ -517,6 +586,8 @@ def main(argv):
     torch.set_num_threads(flags.threads)
     if flags.cuda_graphs and flags.device != "cuda":
         sys.exit("bench.py: --cuda_graphs needs --device cuda")
+    if flags.reading:
+        return reading(flags)
     if flags.child:
         way, P, C = flags.child.split(",")
         return print(json.dumps(peaks(make_models(flags), way, int(P), int(C), flags)))

@@ -1,6 +1,7 @@
 """data.py against real rows, real mp4 files and both families' processors."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,9 @@ from tokenizers import normalizers
 import data
 import reward
 from data import Prompts, load_samples
+from patch import parse_patch
 from runs import read_folders, read_rows
+from teacher import look
 from video import Clip, decode
 
 pytestmark = pytest.mark.quick
@@ -316,6 +319,28 @@ def test_prompts_with_real_pixels(prompts, film):
         assert "<0.5 seconds>" in prompts.tokenizer.decode(segment.ids)  # (0 + 8) / 2 / 8
     else:
         assert segment.seconds_per_grid.tolist() == [1.5]  # two patches in 3 s
+
+
+def test_prompt_patch_and_tools_have_one_clock(prompts, tmp_path):
+    """Catches: frame numbers over a mean rate in the prompt, the file's times in the patch."""
+    seconds = [0, 0.12, 0.2, 0.34, 0.4, 0.52, 0.6, 0.74, 0.8, 0.92, 10, 10.2, 13.4, 13.6, 14.2, 15]
+    path = make_video(tmp_path / "uneven.mp4", 16, times=[2 + t for t in seconds])  # starts late
+    seen = shown(prompts, path, frames=16)
+    segment = prompts.prefix(seen)
+    assert seen.clip.times == pytest.approx(seconds, abs=1e-3)
+    if is_qwen3(prompts):  # the middle of both frames of a temporal patch
+        said = re.findall("<([0-9.]+) seconds>", prompts.tokenizer.decode(segment.ids))
+        assert said == ["0.1", "0.3", "0.5", "0.7", "0.9", "10.1", "13.5", "14.6"]
+    else:  # positions go by one distance: that of 8 temporal patches over the whole clip
+        assert segment.seconds_per_grid.item() == pytest.approx(seen.clip.duration / 8, rel=1e-6)
+    given = {"error_type": "temporal", "query_kind": "temporal", "key_frames": [12, 14],
+             "guidance": "Look again."}
+    assert parse_patch(given, seen.clip.times).times == pytest.approx((13.4, 14.2), abs=1e-3)
+    for index in (12, 14):
+        text, _ = look(seen, "get_frame", {"index": index})
+        assert text == f"frame {index}, {seconds[index]:.2f} s"
+    text, _ = look(seen, "get_temporal_segment", {"start": 9.5, "end": 13.5, "stride": 1})
+    assert text == "frames at 0.92 s, 10.20 s, 13.40 s"
 
 
 def test_a_clip_of_one_frame_agrees_with_its_tokens(prompts, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import select
 import signal
 import struct
@@ -12,6 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import pytest
 import torch
 from conftest import PIXELS, make_video, sample
@@ -38,22 +40,31 @@ def test_first_and_last_frame_are_included(film):
     assert greys(decode(film, "video", 24, PIXELS, 28)) == list(range(24))  # more than one batch
 
 
-def test_times_are_the_files_own(film, tmp_path, monkeypatch):
-    """Catches: index / fps for uneven frames, a late start, files without times or frame rate."""
+def test_times_are_the_files_own(film, tmp_path):
+    """Catches: index / fps for uneven frames, a late start, an avi timed by its B-frames."""
     assert decode(film, "video", 4, PIXELS, 28).times == (0.0, 1.0, 1.875, 2.875)
     seconds = [0.5, 0.6, 0.7, 1.5, 3.0, 3.1]
-    paths = [make_video(tmp_path / name, 6, times=seconds) for name in ("v.mp4", "v.mkv", "v.avi")]
-    for path in paths[:2]:
+    paths = [make_video(tmp_path / name, 6, times=seconds) for name in ("v.mp4", "v.mkv")]
+    for path in paths:
         clip = decode(path, "video", 6, PIXELS, 28)
         assert clip.times == pytest.approx([s - 0.5 for s in seconds], abs=0.002)
         assert clip.times[-1] < clip.duration < 3.0 and clip.total_frames == 6
-    clip = decode(paths[2], "video", 6, PIXELS, 28)  # this format has a frame rate only
-    assert clip.times == tuple(i / clip.fps for i in range(6)) and clip.duration == 6 / clip.fps
-    monkeypatch.setattr("decord.VideoReader.get_avg_fps", lambda reader: float("nan"))
-    clip = decode(paths[0], "video", 6, PIXELS, 28)
-    assert clip.fps == pytest.approx(6 / clip.duration, rel=1e-3)
-    with pytest.raises(ValueError, match="neither a frame rate nor timestamps"):
-        decode(paths[2], "video", 6, PIXELS, 28)
+        assert clip.fps == pytest.approx(6 / clip.duration, rel=1e-3)
+    clip = decode(make_video(tmp_path / "v.avi"), "video", 6, PIXELS, 28)  # a frame rate, no times
+    assert clip.times == pytest.approx([i / 8 for i in clip.indices], abs=1e-4)
+    assert clip.indices == (0, 5, 9, 14, 18, 23) == tuple(greys(clip))
+
+
+def test_a_span_is_in_seconds(tmp_path):
+    """Catches: a span taken as frame numbers over a mean rate, or as the end when behind it."""
+    seconds = [0, 0.1, 0.2, 0.3, 4, 8, 8.1, 8.2]
+    path = make_video(tmp_path / "v.mp4", 8, times=seconds)
+    for span, indices in [((0, 3), (0, 3)), ((3, 5), (3, 4)), ((5, 6), (4,)), ((4, 8.1), (4, 6))]:
+        clip = decode(path, "video", 2, PIXELS, 28, span)
+        assert (clip.indices, tuple(greys(clip))) == (indices, indices), span
+        assert clip.times == pytest.approx([seconds[i] for i in indices], abs=1e-3)
+    with pytest.raises(ValueError, match="the span from 9000 s to 9500 s lies outside the clip of"):
+        decode(path, "video", 2, PIXELS, 28, (9000, 9500))
 
 
 @pytest.mark.parametrize("total, wanted, indices", [
@@ -117,19 +128,41 @@ def test_bad_files_have_a_reason(film, tmp_path):
     (tmp_path / "cut.mp4").write_bytes(whole[:len(whole) // 2])
     (tmp_path / "zero.mp4").write_bytes(b"")
     (tmp_path / "text.mp4").write_bytes(b"<html>404</html>")
+    (tmp_path / "list.mp4").write_text(f"ffconcat version 1.0\nfile {Path(film).name}\n")
+    (tmp_path / Path(film).name).write_bytes(whole)
     loader = ClipLoader(4, PIXELS, 28, workers=0)
     reasons = {}
     for name, media_type in [("cut.mp4", "video"), ("zero.mp4", "video"), ("text.mp4", "video"),
-                             ("zero.mp4", "image"), ("text.mp4", "image"), ("none.mp4", "video")]:
+                             ("zero.mp4", "image"), ("text.mp4", "image"), ("none.mp4", "video"),
+                             ("list.mp4", "video")]:
         clip, reasons[name, media_type] = loader.get(sample(tmp_path / name, media_type))
         assert clip is None
     assert all(reason and "\n" not in reason for reason in reasons.values())
     for media_type in ("video", "image"):
-        assert reasons["zero.mp4", media_type] == "ValueError: the file is empty"
+        assert reasons["zero.mp4", media_type] == "the file is empty"
+    assert reasons["list.mp4", "video"] == "it is a list of other files, not a video"
     assert reasons["none.mp4", "video"] == "the file cannot be read: No such file or directory"
     good, reason = loader.get(sample(film))
     assert reason is None and greys(good.clip) == [0, 8, 15, 23]
-    assert loader.counts == {"failed": 6, "decoded": 1}
+    assert loader.counts == {"failed": 7, "decoded": 1, "damaged": 0}
+
+
+def test_decord_shows_the_same_or_is_refused(film, tmp_path):
+    """Catches: --decoder decord that shows wrong pictures, or reads by PyAV without a word."""
+    clip, theirs = (decode(film, "video", 6, PIXELS, 28, None, name) for name in ("pyav", "decord"))
+    assert (clip.reader, theirs.reader) == ("pyav", "decord") and clip.times == theirs.times
+    assert torch.equal(clip.frames, theirs.frames)
+    cut = str(tmp_path / "cut.mp4")  # from the middle of a GOP on, as stream copy leaves it
+    with av.open(make_video(tmp_path / "long.mp4", 60)) as source, av.open(cut, "w") as copy:
+        stream = copy.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None and packet.dts * packet.time_base >= 1:
+                packet.stream = stream
+                copy.mux(packet)
+    assert greys(decode(cut, "video", 4, PIXELS, 28)) == [0, 9, 18, 27]  # frames 32 to 59, mod 32
+    _, reason = video.try_decode(cut, "video", 4, PIXELS, 28, None, "decord")
+    assert re.fullmatch(r"decord counts \d+ frames of 28 in it, and shows \d of 4 pictures wrong",
+                        reason)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -140,11 +173,11 @@ def a_clip(value=1, frames=2):
     pixels = torch.full((frames, 3, 28, 56), value, dtype=torch.uint8)
     pixels[0, 0, 3, 5] = 200
     times = tuple(i / 3 for i in range(frames))
-    return Clip(pixels, times, tuple(range(frames)), 29.97, 2 / 3, 20)
+    return Clip(pixels, times, tuple(range(frames)), 29.97, 2 / 3, 20, "pyav in order", "1 of 3")
 
 
 def same(one, other):
-    fields = ("times", "indices", "fps", "duration", "total_frames")
+    fields = ("times", "indices", "fps", "duration", "total_frames", "reader", "damage")
     return torch.equal(one.frames, other.frames) and all(
         getattr(one, field) == getattr(other, field) for field in fields)
 
@@ -157,15 +190,15 @@ def test_cache_gives_back_what_was_stored(film, tmp_path):
     assert same(cache.get("x.clip"), a_clip())
     loader = ClipLoader(4, PIXELS, 28, workers=0, cache=cache)
     first, second = loader.get(sample(film))[0], loader.get(sample(film, id="8"))[0]
-    assert loader.counts == {"decoded": 1, "cached": 1}
+    assert loader.counts == {"decoded": 1, "cached": 1, "damaged": 0}
     assert same(first.clip, second.clip) and (first.id, second.id) == ("7", "8")
 
 
-def test_every_setting_and_the_file_are_in_the_key(film, tmp_path):
-    """Catches: frames of another size, count or version of the file taken from the cache."""
-    settings = ["video", 16, PIXELS, 28]
+def test_every_setting_and_the_file_are_in_the_key(film, tmp_path, monkeypatch):
+    """Catches: frames of another size, count, file or reader, wrong ones too, kept for ever."""
+    settings = ["video", 16, PIXELS, 28, None, "pyav"]
     keys = {FrameCache.key(film, *settings)}
-    for i, other in enumerate(["image", 8, PIXELS // 2, 32]):
+    for i, other in enumerate(["image", 8, PIXELS // 2, 32, (0, 1), "decord"]):
         keys.add(FrameCache.key(film, *settings[:i], other, *settings[i + 1:]))
     copy = tmp_path / "copy.mp4"
     copy.write_bytes(Path(film).read_bytes())
@@ -176,7 +209,11 @@ def test_every_setting_and_the_file_are_in_the_key(film, tmp_path):
     copy.write_bytes(b"other")
     os.utime(copy, ns=(1, 10**18 + 1))
     keys.add(FrameCache.key(str(copy), *settings))
-    assert len(keys) == 8
+    monkeypatch.setattr(video, "READER", video.READER + 1)
+    keys.add(FrameCache.key(str(copy), *settings))
+    monkeypatch.setattr(video, "version", lambda package: "99")
+    keys.add(FrameCache.key(str(copy), *settings))
+    assert len(keys) == 12
 
 
 def test_damaged_entries_are_misses_and_replaced(film, tmp_path):
@@ -193,7 +230,7 @@ def test_damaged_entries_are_misses_and_replaced(film, tmp_path):
         entry.write_bytes(damaged)
         assert same(loader.get(sample(film))[0].clip, clip)
         assert entry.read_bytes() == whole
-    assert loader.counts == {"decoded": 8}
+    assert loader.counts == {"decoded": 8, "damaged": 0}
 
 
 def test_cache_removes_what_was_used_longest_ago(tmp_path):
@@ -253,15 +290,35 @@ def test_a_disk_that_cannot_be_written_costs_no_sample(film, tmp_path):
         assert loader.get(sample(film))[0].clip.frames.shape[0] == 4
 
 
+def test_another_users_cache_is_read(film, tmp_path, monkeypatch):
+    """Catches: a cache without the right to write never hit, or ending the run when it is full."""
+    cache = FrameCache(tmp_path / "cache")
+    loader = ClipLoader(4, PIXELS, 28, workers=0, cache=cache)
+    loader.get(sample(film))
+
+    def refused(*_, **__):
+        raise PermissionError(1, "Operation not permitted")
+
+    for owner, name in [(os, "utime"), (os, "replace"), (Path, "write_bytes"), (Path, "unlink"),
+                        (os, "unlink")]:
+        monkeypatch.setattr(owner, name, refused)
+    assert loader.get(sample(film))[0]
+    with pytest.warns(UserWarning, match="the frame cache cannot be written"):
+        assert loader.get(sample(film, span=(0, 1)))[0]
+    assert loader.counts == {"decoded": 2, "cached": 1, "damaged": 0}
+
+
 # ---------------------------------------------------------------------------------------------
 # Decoding processes
 
 
 @pytest.fixture
 def fifo(tmp_path):
-    """Make a file that hangs: no reader gets past open() before someone opens it to write."""
-    os.mkfifo(tmp_path / "hangs.mp4")
-    return str(tmp_path / "hangs.mp4")
+    """Make a picture that hangs: no reader gets past open() before someone opens it to write."""
+    folder = tmp_path / "hangs"
+    folder.mkdir()
+    os.mkfifo(folder / "1.jpg")
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -284,17 +341,20 @@ def test_processes_give_what_this_process_gives(loader, film, tmp_path):
         assert reason == same_reason
         assert expected is None or same(found.clip, expected.clip)
         assert expected is None or replace(found, clip=None) == wanted
-    assert loader.counts == here.counts == {"decoded": 4, "failed": 2} and not loader.pending
+    assert loader.counts == here.counts == {"decoded": 4, "failed": 2, "damaged": 0}
+    assert not loader.pending
 
 
-def test_a_file_that_hangs_costs_its_sample_only(loader, film, fifo):
-    """Catches: a hang that stops the run, a process left behind, a time limit passed on."""
+def test_a_file_that_hangs_costs_its_sample_only(loader, film, fifo, monkeypatch):
+    """Catches: a hang that stops the run, a process left, a time limit passed on or paid again."""
     wanted = [sample(film, id="1"), sample(fifo, id="2"), sample(film, id="3")]
     loader.submit(wanted)
     assert loader.get(wanted[0])[0]
     hung = loader.workers[0].process
     assert loader.get(wanted[1]) == (None, "decoding took longer than 2 s")
     assert loader.get(wanted[2])[0]
+    monkeypatch.setattr(video.Worker, "ask", None)
+    assert loader.get(wanted[1]) == (None, "decoding took longer than 2 s")  # it is not asked
     assert hung.returncode == -signal.SIGKILL and loader.workers[0].process.pid != hung.pid
 
 
@@ -302,7 +362,7 @@ def test_a_process_that_dies_costs_its_sample_only(loader, film, fifo):
     """Catches: a crash of the decoder (a segfault, the OOM killer) that ends or stops the run."""
     wanted = [sample(fifo, id="1"), sample(film, id="2")]
     loader.submit(wanted)
-    with open(fifo, "wb"):  # returns when the process has opened the file to decode it
+    with open(f"{fifo}/1.jpg", "wb"):  # returns when the process has opened the file to decode it
         os.kill(loader.workers[0].process.pid, signal.SIGSEGV)
         assert loader.get(wanted[0]) == (None, "the decoding process died, signal 11")
     assert loader.get(wanted[1])[0]
@@ -311,11 +371,28 @@ def test_a_process_that_dies_costs_its_sample_only(loader, film, fifo):
     assert loader.get(sample(film, id="3"))[0]  # it died between two files
 
 
+def test_a_file_is_read_once_more_after_a_kill(film, monkeypatch):
+    """Catches: a file that one way of reading cannot survive given up, though the other can."""
+    loader, asked = ClipLoader(4, PIXELS, 28, workers=1), []
+    ask = video.Worker.ask
+
+    def first_is_killed(self, request, seconds):
+        asked.append(request[-1])
+        answer = ask(self, request, seconds)
+        return answer if len(asked) > 1 else (None, f"the decoding process died, {self.end()}")
+
+    monkeypatch.setattr(video.Worker, "ask", first_is_killed)
+    found, reason = loader.get(sample(film))
+    assert reason is None and asked == ["pyav", "in order"]
+    assert found.clip.reader == "pyav in order" and greys(found.clip) == [0, 8, 15, 23]
+    loader.close()
+
+
 def test_close_in_the_middle_of_a_file(film, fifo):
     """Catches: close() that waits for the time limit or for the queue, or leaves a process."""
     loader = ClipLoader(4, PIXELS, 28, workers=1, time_limit=1e6)
     loader.submit([sample(fifo), sample(fifo, id="8"), sample(film)])
-    with open(fifo, "wb"):
+    with open(f"{fifo}/1.jpg", "wb"):
         process = loader.workers[0].process
         loader.close()
     assert process.returncode == -signal.SIGKILL
@@ -334,7 +411,7 @@ def test_processes_end_when_the_parent_is_killed(fifo):
     parent = subprocess.Popen([sys.executable, "-c", script, fifo], text=True,
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               cwd=Path(video.__file__).parent)
-    with open(fifo, "wb"):
+    with open(f"{fifo}/1.jpg", "wb"):
         parent.stdin.write("\n")
         parent.stdin.flush()
         process = os.pidfd_open(int(parent.stdout.readline()))
@@ -348,12 +425,19 @@ def test_processes_end_when_the_parent_is_killed(fifo):
     parent.stdout.close()
 
 
-def test_a_process_that_cannot_start_is_no_bad_sample(film, monkeypatch):
-    """Catches: a data set dropped sample by sample because decord is not installed."""
+def test_a_process_that_cannot_start_is_no_bad_sample(film, tmp_path, monkeypatch):
+    """Catches: a data set dropped sample by sample because av is not installed."""
     loader = ClipLoader(4, PIXELS, 28, workers=1)
     monkeypatch.setattr(video.sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="did not start, exit code 1"):
         loader.get(sample(film))
     loader.close()
+    mute = tmp_path / "mute"
+    mute.write_text("#!/bin/sh\nexec tail -f /dev/null\n")
+    mute.chmod(0o755)
+    monkeypatch.setattr(video.sys, "executable", str(mute))
+    monkeypatch.setattr(video, "START_SECONDS", 0.1)
+    with pytest.raises(RuntimeError, match="did not start, signal 9"):
+        video.Worker().ask((), 1)
     with pytest.raises(ValueError, match="below 28 x 28"):
         ClipLoader(4, 500, 28)
