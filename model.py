@@ -31,10 +31,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed import fsdp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor
+from transformers import (AttentionInterface, AutoConfig, AutoModelForImageTextToText,
+                          PreTrainedConfig, Qwen2_5_VLProcessor, Qwen3VLProcessor)
 from transformers.utils.logging import set_tqdm_hook
 
 try:
@@ -318,6 +322,66 @@ def mrope(segment: Any, start: int, config: Any) -> tuple[Tensor, int]:
 
 
 # ---------------------------------------------------------------------------------------------
+# Checkpoints as their authors publish them
+
+# What loads, by model type, and what reads its prompts; docs/data.md says why others do not.
+FAMILIES = {"qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}
+UNREADABLE = (OSError, ValueError, TypeError, RuntimeError, SafetensorError, StrictDataclassError,
+              TemplateError)
+
+
+def read_checkpoint(path: str | Path, attention: dict[str, str]) -> tuple[nn.Module, Any]:
+    """Return the model and the processor of a checkpoint folder or hub name.
+
+    ValueError, in one sentence, where they cannot be had; if possible, before weights are read.
+    """
+    try:
+        written, _ = PreTrainedConfig.get_config_dict(path)
+        if (kind := written.get("model_type")) not in FAMILIES:
+            raise ValueError(f"its model type is {kind}, and only {' and '.join(FAMILIES)} are "
+                             "supported (docs/data.md, \"Which checkpoints load\")")
+        if "quantization_config" in written:
+            raise ValueError("its weights are quantised, and cannot be trained")
+        config = AutoConfig.from_pretrained(path)
+        processor = _processor(path, config)
+        with _no_bars():
+            model, found = AutoModelForImageTextToText.from_pretrained(
+                path, config=config, dtype="auto", attn_implementation=attention,
+                output_loading_info=True, ignore_mismatched_sizes=True)
+        if wrong := sorted({*found["missing_keys"], *found["unexpected_keys"],
+                            *(name for name, *_ in found["mismatched_keys"])}):
+            raise ValueError(f"{len(wrong)} weights are not its config's, such as {wrong[0]}")
+    except UNREADABLE as error:  # whatever hub or disk say, in one line
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(f"--model {path} cannot be loaded: {why}") from None
+    return model, processor
+
+
+def _processor(path, config):
+    """Return the processor of the config's family, whatever its files call its image processor.
+
+    Its tokenizer's EOS becomes the token that the chat template ends an answer with.
+    """
+    # told the config, it looks up no name: Qwen2_5_VLImageProcessor is of transformers 4.49
+    processor = FAMILIES[config.model_type].from_pretrained(path, config=config)
+    tokenizer, rows = processor.tokenizer, config.text_config.vocab_size
+    for token, id in ((processor.image_token, config.image_token_id),
+                      (processor.video_token, config.video_token_id)):
+        if tokenizer.get_vocab().get(token) != id:
+            raise ValueError(f"its tokenizer does not have {token} at {id}, as its config says")
+    if len(tokenizer) > rows:
+        raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, and its model {rows} rows")
+    processor.chat_template = processor.chat_template or tokenizer.chat_template
+    chat = [{"role": role, "content": [{"type": "text", "text": "?"}]}
+            for role in ("user", "assistant")]
+    ending = processor.apply_chat_template(chat, tokenize=False).rpartition("?")[2]
+    for id in tokenizer(ending.strip()).input_ids[:1]:
+        if (token := tokenizer.added_tokens_decoder.get(id)) and token.special:
+            tokenizer.eos_token = token.content
+    return processor
+
+
+# ---------------------------------------------------------------------------------------------
 # The student
 
 
@@ -365,17 +429,11 @@ class Student(nn.Module):
         names = attention_names(attention, on_cuda, dtype)
         if on_cuda:  # its backward can be NaN for masks on Hopper: pytorch issue 196678
             torch.backends.cuda.enable_cudnn_sdp(False)
-        try:
-            with _no_bars():
-                model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto",
-                                                                    attn_implementation=names)
-        except OSError as error:  # whatever hub or disk say, in one line
-            why = str(error).strip().split("\n")[0]
-            raise ValueError(f"--model {path} cannot be loaded: {why}") from None
+        model, processor = read_checkpoint(path, names)
         if recompute:
             recompute_blocks(model)
         model.train(trainable)
-        student = cls(model, AutoProcessor.from_pretrained(path), trainable, freeze_vision)
+        student = cls(model, processor, trainable, freeze_vision)
         student.record = cuda_graph if cuda_graphs else None
         weights = torch.float32 if trainable or master else dtype
         if dist.is_initialized():
@@ -610,12 +668,18 @@ class Student(nn.Module):
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a Hugging Face checkpoint: weights, config, processor. Every rank must call it."""
-        state = get_model_state_dict(
-            self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        model, whole = self.model, StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(model, options=whole)
         if not dist.is_initialized() or dist.get_rank() == 0:
-            state = {name: weight.to(dtype or weight.dtype) for name, weight in state.items()}
+            dtype, config = dtype or model.dtype, model.config
+            if model.lm_head.weight is model.model.language_model.embed_tokens.weight:
+                del state["lm_head.weight"]  # tied: it stands once
+            state = {name: weight.to(dtype) for name, weight in state.items()}
             with _no_bars():
-                self.model.save_pretrained(folder, state_dict=state)
+                model.save_pretrained(folder, state_dict=state)
+            for part in (config, config.text_config, config.vision_config):
+                part.dtype = dtype
+            config.save_pretrained(folder)  # again: it said the type that the master weights have
             self.processor.save_pretrained(folder)
 
 

@@ -1,13 +1,29 @@
 """The prefix tree and cached sampling against the plain way, for both families, in fp32."""
 
+import json
+import multiprocessing
+import os
+import socket
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.distributed as dist
+from conftest import sample
+from safetensors import safe_open
+from students import LAYOUTS, publish
 from torch.fx.experimental.proxy_tensor import make_fx
+from transformers import AutoModelForImageTextToText
 from transformers.utils.logging import set_tqdm_hook
 
+import evaluate
 import model as model_module
-from model import (Student, TokenLogp, Tree, grouped_attention, mrope, recompute_blocks,
-                   tree_attention_varlen)
+import reward
+import runs
+import train
+from data import Prompts
+from model import (Completion, Student, TokenLogp, Tree, grouped_attention, mrope,
+                   recompute_blocks, tree_attention_varlen)
 from tiny import (
     EOS,
     FAMILIES,
@@ -21,6 +37,7 @@ from tiny import (
     video,
     words,
 )
+from video import Clip
 
 
 def forest(family):
@@ -342,16 +359,343 @@ def test_placeholders_and_pixels_must_agree():
         student.prefill([broken])
 
 
-def test_loading_and_saving_show_no_bars_of_their_own(tmp_path, capfd, monkeypatch):
-    """Catches: transformers' bars in the middle of the run's, or hidden for good; weights that a
-    save and a load change.
-    """
-    student = tiny_student("qwen2_5_vl")
-    student.processor.save_pretrained = lambda folder: None
-    monkeypatch.setattr(model_module.AutoProcessor, "from_pretrained", lambda _: student.processor)
-    student.save(tmp_path)
-    loaded = Student.load(tmp_path)
+def test_loading_and_saving_show_no_bars_of_their_own(tmp_path, capfd):
+    """Catches: transformers' bars in the middle of the run's, or hidden for good."""
+    Student.load(publish(tmp_path / "model", "qwen2_5_vl")).save(tmp_path / "saved")
     assert "%|" not in capfd.readouterr().err
     assert set_tqdm_hook(None) is None
-    for a, b in zip(student.parameters(), loaded.parameters(), strict=True):
-        assert torch.equal(a, b)
+
+
+# --- checkpoints as their authors publish them ----------------------------------------------------
+
+PIXELS = torch.randint(0, 256, (4, 3, 64, 96), dtype=torch.uint8,
+                       generator=torch.Generator().manual_seed(0))
+QUESTION = "What colour? {answer_format}{question}"
+DEFAULT_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+
+
+def asked(prompts):
+    """Return a video question: 4 frames of 2 x 3 (Qwen3-VL) or 3 x 4 tokens, 2 seconds apart."""
+    side = prompts.factor
+    frames = PIXELS if side == 32 else PIXELS.repeat(1, 1, 2, 2)[..., :84, :112]
+    clip = Clip(frames=frames, times=(0.0, 2.0, 4.0, 6.0), indices=(0, 16, 32, 48), fps=8.0,
+                duration=6.125, total_frames=49)
+    return replace(sample(question="Why?"), clip=clip)
+
+
+def fresh(path, **options):
+    """Return what a new command would load."""
+    student = Student.load(path, **options)
+    return student, Prompts(student.processor, "{question} Think.")
+
+
+def scored(student, prompts, said=("<think>I look.</think>\n<answer>red</answer>", "no")):
+    """Return the log-probs of two responses to the question."""
+    completions = [prompts.completion(text) for text in said]
+    return student([prompts.prefix(asked(prompts))], [prompts.header] * 2, [0, 0], completions)[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_published_checkpoint_loads_samples_scores_and_comes_back(layout, tmp_path):
+    """Catches: an image processor by a name of old, a chat template that stands elsewhere, a system
+    turn or vision tags that are not the template's own; a save that changes a weight, doubles a
+    tied one, or says another type than the weights have.
+    """
+    path = publish(tmp_path / "model", layout)
+    student, prompts = fresh(path, dtype=torch.float32)
+    qwen3 = layout.startswith("qwen3")
+    pads = ["<|vision_start|>" + "<|video_pad|>" * 6 + "<|vision_end|>" if qwen3 else
+            "<|vision_start|>" + "<|video_pad|>" * 24 + "<|vision_end|>"]
+    video = "".join(f"<{s} seconds>{pads[0]}" for s in ("1.0", "5.0")) if qwen3 else pads[0]
+    chat = ("" if qwen3 else DEFAULT_SYSTEM) + f"<|im_start|>user\n{video}Why? Think."
+    header = "<|im_end|>\n<|im_start|>assistant\n" + "<think>\n" * (layout == "qwen3_vl_thinking")
+    names, prefix = prompts.tokenizer.get_vocab(), prompts.prefix(asked(prompts))
+    assert prefix.ids.tolist() == prompts.tokenizer(chat).input_ids
+    assert prompts.header.ids.tolist() == prompts.tokenizer(header).input_ids
+    assert student.eos_ids == {names["<|im_end|>"], names["<|endoftext|>"]}
+
+    uniforms = torch.rand(3, 12, generator=torch.Generator().manual_seed(1))
+    sampled = student.sample(student.prefill([prefix]), [prompts.header] * 3, [0] * 3, uniforms, 12)
+    again, _ = student([prefix], [prompts.header] * 3, [0] * 3, [c.ids for c in sampled])
+    assert (torch.cat([c.logp for c in sampled]) - again).abs().max() < 1e-4
+
+    student.save(tmp_path / "saved", torch.bfloat16)
+    assert torch.equal(scored(*fresh(tmp_path / "saved")), scored(student, prompts))
+    published, saved = (AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
+                        for folder in (path, tmp_path / "saved"))
+    assert same_weights(published, saved) and saved.dtype == torch.bfloat16
+    types, names = said_and_stored(tmp_path / "saved")
+    assert types == {"bfloat16"}
+    assert ("lm_head.weight" in names) == (not LAYOUTS[layout].get("tied"))
+
+
+def same_weights(one, other):
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+def said_and_stored(folder):
+    """Return the types that config.json and the tensors of a checkpoint name, and the tensors."""
+    config, types, names = json.loads((folder / "config.json").read_text()), set(), set()
+    for part in (config, config["text_config"], config["vision_config"]):
+        types.add(part["dtype"])
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            names |= set(tensors.keys())
+            types |= {str(tensors.get_tensor(n).dtype).partition(".")[2] for n in tensors.keys()}
+    return types, names
+
+
+def trained_and_saved(folder, layout, dtype):
+    """Make one step, score, save; load what was saved as a new command would, and score again."""
+    student, prompts = fresh(publish(folder / f"model-{dist.get_rank()}", layout), dtype=dtype)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    scored(student, prompts).sum().backward()
+    optimizer.step()
+    before = scored(student, prompts).detach()
+    student.save(folder / "saved", dtype)
+    dist.barrier()
+    assert torch.equal(before, scored(*fresh(folder / "saved", dtype=dtype)))
+    types, names = said_and_stored(folder / "saved")
+    assert types == {str(dtype).partition(".")[2]}
+    assert ("lm_head.weight" in names) == (not LAYOUTS[layout].get("tied"))
+    return before
+
+
+@pytest.mark.parametrize("layout", ["qwen2_5_vl_3b", "qwen3_vl"])
+def test_what_a_bfloat16_run_saves_comes_back_to_the_bit(layout, tmp_path):
+    """Catches: a config that says float32, the master weights' type, over bfloat16 tensors; a tied
+    head that is stored beside its embedding; a fresh start that is not the run's end.
+    """
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        trained_and_saved(tmp_path, layout, torch.bfloat16)
+    finally:
+        dist.destroy_process_group()
+
+
+def sharded(rank, port, folder):
+    """Do so as one of two processes."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    trained_and_saved(folder / "half", "qwen2_5_vl_3b", torch.bfloat16)
+    scores = trained_and_saved(folder / "whole", "qwen3_vl_thinking", torch.float32)
+    torch.save(scores, folder / f"scores-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_what_two_processes_save_comes_back_to_the_bit(tmp_path):
+    """Catches: a tied head that two processes train or store apart from its embedding; shards that
+    are put together in another type or order.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    children = [context.Process(target=sharded, args=(rank, port, tmp_path)) for rank in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(200)
+    assert [child.exitcode for child in children] == [0, 0]
+    alone = scored(*fresh(tmp_path / "whole/saved")).detach()  # one process computes the same
+    assert torch.allclose(alone, torch.load(tmp_path / "scores-0.pt"), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl_moe", "qwen3_5", "llava", "no_such_type"])
+def test_another_architecture_is_refused_before_its_weights_are_read(kind, tmp_path):
+    """Catches: a model whose layers or positions are not those of the tree, scored without a word;
+    a refusal that is a traceback, or that comes after minutes of reading.
+    """
+    path = publish(tmp_path / "model", "qwen3_vl")
+    rewrite("config.json", model_type=kind)(tmp_path / "model")
+    for weights in (tmp_path / "model").glob("*.safetensors"):
+        weights.write_bytes(b"")
+    with pytest.raises(ValueError) as refused:
+        Student.load(path)
+    assert str(refused.value) == (
+        f"--model {path} cannot be loaded: its model type is {kind}, and only qwen2_5_vl and "
+        'qwen3_vl are supported (docs/data.md, "Which checkpoints load")')
+
+
+def without(*names):
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+def rewrite(name, **keys):
+    def edit(folder):
+        values = json.loads((folder / name).read_text()) | keys
+        (folder / name).write_text(json.dumps(values))
+    return edit
+
+
+def cut(folder):
+    path = folder / "model-00001-of-00002.safetensors"
+    os.truncate(path, path.stat().st_size // 2)
+
+
+TOKENIZER = "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"
+DAMAGE = {
+    "quantised": (rewrite("config.json", quantization_config={"quant_method": "awq"}),
+                  "its weights are quantised"),
+    "no_tokenizer": (without(*TOKENIZER), "its tokenizer does not have <|image_pad|> at 312"),
+    "other_tokenizer": (rewrite("config.json", video_token_id=311), "<|video_pad|> at 311"),
+    "too_few_rows": (rewrite("config.json", vocab_size=320), "322 tokens, and its model 320 rows"),
+    "more_layers": (rewrite("config.json", num_hidden_layers=3), "12 weights are not its"),
+    "fewer_layers": (rewrite("config.json", num_hidden_layers=1), "12 weights are not its"),
+    "wider": (rewrite("config.json", intermediate_size=100), "6 weights are not its"),
+    "no_images": (without("preprocessor_config.json"), "Can't load image processor"),
+    "torn": (cut, "deserializing"),
+    "odd_value": (rewrite("config.json", use_cache=None), "use_cache"),
+    "no_chat": (rewrite("tokenizer_config.json", chat_template=None), "chat template"),
+    "text_chat": (rewrite("tokenizer_config.json", chat_template="{{ messages[0].content + '!' }}"),
+                  "str"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_checkpoint_that_is_not_what_it_says_is_refused_in_a_sentence(case, tmp_path):
+    """Catches: random weights in place of missing ones, a tokenizer of another model, a traceback
+    from within a library.
+    """
+    path = publish(tmp_path / "model", "qwen2_5_vl_3b")
+    damage, why = DAMAGE[case]
+    damage(tmp_path / "model")
+    with pytest.raises(ValueError) as refused:
+        Student.load(path)
+    sentence = str(refused.value)
+    assert sentence.startswith(f"--model {path} cannot be loaded: ") and why in sentence
+    assert "\n" not in sentence and len(sentence) < 400 + len(path)
+
+
+@pytest.mark.parametrize("changes,ends", [
+    ({"generation": {"eos_token_id": None}}, ["<|im_end|>"]),
+    ({"generation": {"eos_token_id": 300}, "eos": "<|endoftext|>"},
+     ["<|im_end|>", "<|endoftext|>"]),
+    ({"generation": {"eos_token_id": 302, "pad_token_id": 302}}, ["<|im_end|>"]),
+    ({"generation": {"eos_token_id": None}, "eos": None}, ["<|im_end|>"]),
+    ({"sampling": {"do_sample": False, "temperature": 1e-6, "top_k": 1}},
+     ["<|im_end|>", "<|endoftext|>"]),
+])
+def test_an_answer_ends_where_its_chat_template_ends_it(changes, ends, tmp_path):
+    """Catches: an end of turn that is banned while sampling, so that no answer ever ends, because
+    generation config or tokenizer name another token or none; flags of sampling without do_sample,
+    for which transformers may refuse to save.
+    """
+    student, prompts = fresh(publish(tmp_path / "model", "qwen2_5_vl", **changes))
+    ids = prompts.tokenizer.get_vocab()
+    assert student.eos_ids == {ids[name] for name in ends}
+    assert not student.eos_ids & set(student.banned.tolist())
+    assert int(prompts.completion("red")[-1]) == ids["<|im_end|>"]
+    student.save(tmp_path / "saved")
+    again, prompts = fresh(tmp_path / "saved")
+    assert again.eos_ids == student.eos_ids and torch.equal(again.banned, student.banned)
+
+
+def test_tags_that_are_special_tokens_are_refused(tmp_path):
+    """Catches: <answer> banned while sampling and cut from every text, so that no answer counts."""
+    path = publish(tmp_path / "model", "qwen2_5_vl", tokens={"<answer>": True, "</answer>": True})
+    with pytest.raises(ValueError, match="the tokenizer has .*<answer>.* as special tokens"):
+        fresh(path)
+
+
+# What the chat template has written of an answer already, and what a student adds to it.
+THOUGHTS = [
+    ("<think>I look.</think>\n<answer>red</answer>", "I look.</think>\n<answer>red</answer>"),
+    ("<think>\nI look.\n</think>\n\n<answer>red</answer>",
+     "I look.\n</think>\n\n<answer>red</answer>"),
+    ("<answer>red</answer>", "</think>\n\n<answer>red</answer>"),
+]
+
+
+@pytest.mark.parametrize("trace,written", THOUGHTS)
+def test_what_the_template_opens_belongs_to_the_response(trace, written, tmp_path):
+    """Catches: a Thinking checkpoint whose well-formed answers lack <think> and get no reward for
+    format, ever; a trace that teaches it to write <think> twice.
+    """
+    _, thinking = fresh(publish(tmp_path / "thinking", "qwen3_vl_thinking"))
+    _, plain = fresh(publish(tmp_path / "plain", "qwen3_vl"))
+    assert plain.text(plain.completion(trace)) == trace
+    ids = thinking.tokenizer(written + "<|im_end|>").input_ids
+    assert thinking.completion(trace).tolist() == ids
+    response = thinking.text(torch.tensor(ids))
+    assert response == "<think>\n" + written and reward.format_reward(response) == 1
+    assert reward.parse_answer(response) == "red"
+
+
+def saying(text):
+    """Return a Student.sample whose students all say `text`."""
+    def sample(self, cache, suffixes, owners, *rest, done=None, **options):
+        ids = torch.tensor(self.processor.tokenizer(text + "<|im_end|>").input_ids)
+        said = [Completion(ids, torch.zeros(len(ids)), True) for _ in suffixes]
+        for n, completion in enumerate(said if done else []):
+            done(n, completion)
+        return said
+    return sample
+
+
+def question(folder, film, **fields):
+    """Write one question about the film, and return the file."""
+    row = {"problem_id": "1", "problem": "What colour?", "problem_type": "free-form",
+           "options": [], "solution": "<answer>red</answer>", "data_type": "video", "path": film}
+    (folder / "data.json").write_text(json.dumps([row | fields]))
+    return str(folder / "data.json")
+
+
+@pytest.mark.parametrize("method", ["grpo", "sft"])
+def test_a_thinking_student_is_trained_by_its_whole_response(method, film, tmp_path, monkeypatch):
+    """Catches: format, accuracy, logs or traces that miss what the template has written."""
+    monkeypatch.setattr(Student, "sample", saying("I look.\n</think>\n\n<answer>red</answer>"))
+    trained, forward = [], Student.forward
+    monkeypatch.setattr(Student, "forward", lambda self, prefixes, suffixes, owners, completions,
+                        *rest, **options: (trained.extend(completions), forward(
+                            self, prefixes, suffixes, owners, completions, *rest, **options))[1])
+    config = train.Config(
+        model=publish(tmp_path / "model", "qwen3_vl_thinking"), video_root=str(tmp_path),
+        data=question(tmp_path, film, process="<think>I look.</think>"), method=method, steps=1,
+        output=str(tmp_path / "run"), rollouts=2, beta=0.0, frames=4, max_pixels=64 * 64,
+        max_completion=32, decode_workers=0)
+    train.train(config, torch.device("cpu"), torch.float32)
+    row, = runs.read_log(tmp_path / "run/metrics.jsonl")
+    if method == "grpo":
+        assert row["format"] == row["accuracy"] == 1.0
+        assert "> <think>\n> I look.\n> </think>" in (tmp_path / "run/samples.md").read_text()
+    else:
+        assert [fresh(config.model)[1].text(ids) for ids in trained] == [
+            "<think>\nI look.</think>\n<answer>red</answer>"]
+    saved = json.loads((tmp_path / "run/checkpoints/step-000001/student.json").read_text())
+    assert "transformers 5.3 and later differ" in saved["positions"]
+
+
+def test_a_thinking_student_is_evaluated_by_its_whole_response(film, tmp_path, monkeypatch):
+    """Catches: answers.jsonl that lacks what the template has written."""
+    monkeypatch.setattr(Student, "sample", saying("I look.\n</think>\n\n<answer>red</answer>"))
+    path = publish(tmp_path / "model", "qwen3_vl_thinking")
+    evaluate.main(["--benchmark", "family", "--data", question(tmp_path, film), "--frames", "4",
+                   "--video_root", str(tmp_path), "--model", path, "--max_pixels", "4096",
+                   "--output", str(tmp_path / "run"), "--decode_workers", "0"])
+    row, = runs.read_log(tmp_path / "run/answers.jsonl")
+    assert row["text"] == "<think>\nI look.\n</think>\n\n<answer>red</answer>"
+
+
+@pytest.mark.parametrize("seconds", [2, 8.5, 8.6, 60])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_counts_other_positions_from_the_documented_length_on(family, seconds,
+                                                                           tmp_path):
+    """Catches: docs/data.md's figure, 8.6 s for 16 frames of 420 x 224 in Qwen2.5-VL and never in
+    Qwen3-VL, when the installed transformers or our positions have changed.
+    """
+    student, prompts = fresh(publish(tmp_path / "model", family))
+    frames = torch.zeros(16, 3, 224, 420 if family == "qwen2_5_vl" else 416, dtype=torch.uint8)
+    times = tuple(seconds * i / 16 for i in range(16))
+    clip = Clip(frames=frames, times=times, indices=tuple(range(16)), fps=16 / seconds,
+                duration=seconds, total_frames=16)
+    segment = prompts.prefix(replace(sample(), clip=clip))
+    config, types = student.model.config, torch.zeros_like(segment.ids)
+    types[segment.ids == config.video_token_id] = 2
+    extra = {"second_per_grid_ts": segment.seconds_per_grid} if family == "qwen2_5_vl" else {}
+    theirs, _ = student.model.model.get_rope_index(
+        segment.ids[None], types[None], video_grid_thw=segment.grids, **extra)
+    same = torch.equal(mrope(segment, 0, config)[0], theirs[:, 0])
+    assert same == (family == "qwen3_vl" or seconds < 8.6)
