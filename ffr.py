@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 DELTA = 1e-4  # δ of Eq. 9
+ROUNDING = 1e-9  # rewards that are as near are equal
 KL_CLAMP = 10.0  # largest |log ratio| in the KL, so that one stray token cannot overflow exp
 RATIO_CLAMP = 20.0  # largest log ratio in CLIP: beyond 88.7 exp would give gradients of NaN;
 # beyond the clamp Â > 0 is clipped anyway, and Â < 0 has no gradient: it would be all of the update
@@ -116,6 +117,7 @@ def step(student: Any, reference: Any, groups: list[Group], header: Any, score: 
             with torch.no_grad():
                 batch.ref_logp_T, _ = reference(*rows, sampling.temperature)
         logp_T, _ = student(*rows, sampling.temperature)
+        settle(batch, logp_T)
         part, _ = loss(logp_T, batch, epsilon, epsilon, beta)  # Eq. 10, Eq. 11
         part.backward()
         total += part.item()
@@ -239,12 +241,14 @@ def reward(slot: Slot, kappa: float, alignment_weight: float = 0.0) -> float:
 def advantages(rewards_G: list[float], std: bool = True) -> Tensor:
     """Return Â_i = (R̃_i − mean_j R̃_j) / (std_j R̃_j + δ), unbiased std  (Eq. 9; Eq. 1 for GRPO).
 
-    An all-equal group gets zeros. Without `std` only the mean is taken off (Dr. GRPO).
+    An all-equal group gets zeros: 0.6 and 0.9 − 0.3 are equal on paper, and differ by rounding.
+    Without `std` only the mean is taken off (Dr. GRPO).
     """
     rewards_G = torch.as_tensor(rewards_G, dtype=torch.float64)
-    if len(rewards_G) < 2 or bool((rewards_G == rewards_G[0]).all()):
-        return torch.zeros(len(rewards_G))
-    return ((rewards_G - rewards_G.mean()) / (rewards_G.std() + DELTA if std else 1)).float()
+    apart_G = rewards_G - rewards_G.mean()
+    apart_G[apart_G.abs() < ROUNDING] = 0.0
+    scale = apart_G.std() + DELTA if std and len(apart_G) > 1 else 1
+    return (apart_G / scale).float()
 
 
 def credit(groups: list[Group], kappa: float, alignment_weight: float = 0.0, select: str = "slot",
@@ -273,8 +277,9 @@ def credit(groups: list[Group], kappa: float, alignment_weight: float = 0.0, sel
 class MicroBatch:
     """Part of a step that fits one packed forward: B prefixes, N trained rollouts, T tokens.
 
-    weight_T: what one token's objective counts for; zero throughout for the filler that keeps ranks
-    in step. members: group and slot of each rollout; a filler has none.
+    old_logp_T: log π_old, of sampling time until `settle`. weight_T: what one token's objective
+    counts for; zero throughout for the filler that keeps ranks in step. members: group and slot of
+    each rollout; a filler has none.
     """
     prefixes: list
     suffixes: list
@@ -336,17 +341,36 @@ def token_weights(loss_norm: str, tokens: int, rollouts: int, max_completion: in
     return lambda rollout: 1.0 / (max(rollouts, 1) * len(rollout.ids_C))
 
 
+def of_tokens(batch: MicroBatch, test: Callable) -> Tensor:
+    """Return test(slot) of every completion token's slot, bool [T]; False in a filler."""
+    tested = torch.tensor([bool(test(slot)) for _, slot in batch.members] or [False])
+    return tested.repeat_interleave(torch.tensor([len(ids) for ids in batch.completions]))
+
+
+def settle(batch: MicroBatch, logp_T: Tensor) -> float:
+    """Let π_old be the policy as scoring sees it before the step's first update.
+
+    Sampling and scoring round differently; in bf16 this alone puts tokens outside the clip. Traces
+    of another policy keep the log-probs that they came with. Returns Σ_t |log-prob at sampling time
+    − log-prob scored|, for the logs.
+    """
+    others_T = of_tokens(batch, lambda slot: slot.off_policy)
+    scored_T = torch.where(others_T, batch.old_logp_T, logp_T.detach().cpu())
+    mismatch = (batch.old_logp_T - scored_T).abs().sum().item()
+    batch.old_logp_T = scored_T
+    return mismatch
+
+
 def clip(log_ratio_T: Tensor, advantage_T: Tensor, clip_low: float,
          clip_high: float) -> tuple[Tensor, dict]:
     """Return CLIP(r, Â, ε) = min(r Â, clip(r, 1 − ε_low, 1 + ε_high) Â) [T]  (Eq. 10).
 
-    r is bounded by RATIO_CLAMP. Also sums for the logs: tokens that the clip bounds, and |log r|.
+    r is bounded by RATIO_CLAMP. Also, for the logs: how many tokens the clip bounds.
     """
     ratio_T = log_ratio_T.clamp(max=RATIO_CLAMP).exp()
     clipped_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
     bound = (clipped_T * advantage_T < ratio_T * advantage_T).sum().item()
-    return (torch.min(ratio_T * advantage_T, clipped_T * advantage_T),
-            {"clipped": bound, "mismatch": log_ratio_T.abs().sum().item()})
+    return torch.min(ratio_T * advantage_T, clipped_T * advantage_T), {"clipped": bound}
 
 
 def loss(logp_T: Tensor, batch: MicroBatch, clip_low: float, clip_high: float, beta: float,
@@ -372,27 +396,3 @@ def loss(logp_T: Tensor, batch: MicroBatch, clip_low: float, clip_high: float, b
         objective_T = objective_T - beta * kl_T
         sums["kl"] = kl_T.sum().item()
     return -(weight_T * objective_T).sum(), sums
-
-
-def measure(groups: list[Group]) -> dict[str, list]:
-    """Return what a step did as name -> [sum, count], so that ranks add up before dividing."""
-    slots = [slot for group in groups for slot in group.slots if not slot.off_policy]
-    repaired = [slot for slot in slots if slot.repair is not None]
-    mended = sum(slot.repair.correct for slot in repaired)
-    totals = {
-        "reward": [sum(slot.reward for slot in slots), len(slots)],
-        "accuracy": [sum(slot.first.accuracy for slot in slots), len(slots)],
-        "format": [sum(slot.first.format for slot in slots), len(slots)],
-        "intervention_ratio": [len(repaired), len(slots)],
-        "repair_rate": [mended, len(repaired)],
-        "chosen_accuracy": [sum(slot.chosen.accuracy for slot in slots), len(slots)],
-        "alignment": [sum(slot.alignment for slot in repaired), len(repaired)],
-        "advantage_zero_fraction": [sum(slot.advantage == 0 for slot in slots), len(slots)],
-        "completion_length": [sum(len(slot.chosen.ids_C) for slot in slots), len(slots)],
-        "finished": [sum(slot.chosen.finished for slot in slots), len(slots)],
-    }
-    for slot in repaired:
-        kind = slot.patch.error_type
-        right, seen = totals.get(f"repair_rate/{kind}", [0, 0])
-        totals[f"repair_rate/{kind}"] = [right + slot.repair.correct, seen + 1]
-    return totals

@@ -71,7 +71,7 @@ def shaped(log_ratio_T: Tensor, advantage_T: Tensor, batch: ffr.MicroBatch, clip
     r = γ, and 0.083 at r = 1, where a rollout of the policy itself has 1. Computed as the sigmoid
     of log r − log γ, which no r can overflow.
     """
-    off_T = of_tokens(batch, lambda slot: slot.off_policy).to(log_ratio_T.device)
+    off_T = ffr.of_tokens(batch, lambda slot: slot.off_policy).to(log_ratio_T.device)
     own_T = log_ratio_T.masked_fill(off_T, 0.0)
     objective_T, sums = otherwise(own_T, advantage_T, batch, clip_low, clip_high)
     shaped_T = torch.sigmoid(log_ratio_T - math.log(gamma))
@@ -92,12 +92,6 @@ def token_credit(advantage_T: Tensor, gap_T: Tensor, weight: float, width: float
     """
     size_T = (advantage_T.sign() * gap_T).exp().clamp(1 - width, 1 + width)
     return 1 + weight * (size_T - 1)
-
-
-def of_tokens(batch: ffr.MicroBatch, test: Callable) -> Tensor:
-    """Return test(slot) of every completion token's slot, bool [T]; False in a filler."""
-    tested = torch.tensor([bool(test(slot)) for _, slot in batch.members] or [False])
-    return tested.repeat_interleave(torch.tensor([len(ids) for ids in batch.completions]))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -232,7 +226,7 @@ class Ffr(Method):
         weight, under_x = self.weight(run.step), self.config.score_under == "plain"
         for batch in batches if weight or under_x else []:
             headers = [run.prompts.header] * len(batch.suffixes)
-            repaired_T = of_tokens(batch, lambda slot: slot.trained is slot.repair)
+            repaired_T = ffr.of_tokens(batch, lambda slot: slot.trained is slot.repair)
             with torch.no_grad():
                 plain_T = run.student(batch.prefixes, headers, batch.owners, batch.completions,
                                       self.config.temperature)[0].cpu()
@@ -356,7 +350,7 @@ class Replay(Luffy):
         """Draw ids of at most `count` questions: a bucket by its weight, a question by chance."""
         rng, half, buckets = random.Random(key), self.config.rollouts / 2, defaultdict(list)
         for name, question in self.buffer.items():
-            if self.started and question["k"] and name not in without:
+            if self.started and name not in without:
                 buckets[question["k"]].append(name)
         picked = []
         while len(picked) < count and (filled := sorted(k for k in buckets if buckets[k])):
@@ -385,28 +379,29 @@ class Replay(Luffy):
         return ffr.Rollout(ids_C, old_logp_C, header, text, accuracy, form, True, True)
 
     def after(self, run: Any, groups: list[ffr.Group]) -> None:
-        """Begin once a batch of all ranks is right often enough; keep successes from then on."""
+        """Begin after a batch of all ranks that is right often enough, and keep successes then."""
         own = [slot.first for group in groups for slot in group.slots if not slot.off_policy]
         counts = run.everyone((sum(first.correct for first in own), len(own)))
         right, tried = (sum(count) for count in zip(*counts))
-        self.started |= right > self.config.replay_start * max(tried, 1)
-        for group in groups if self.started else []:
+        for group in groups:
             self.keep(group)
+        self.started |= right > self.config.replay_start * max(tried, 1)
         self.count("replay_questions", len(self.buffer))
 
     def keep(self, group: ffr.Group) -> None:
-        """Update a question's successes and k; retire it where all G succeeded."""
+        """Retire a question where all G succeeded; else keep its successes, and k if there are."""
         name, right = group.sample.id, [slot.first for slot in group.slots if slot.first.correct]
         if len(right) == len(group.slots) or name in self.retired:
             self.retired.add(name)
             self.buffer.pop(name, None)
             return
+        if not (self.started and right):
+            return
         kept = list(self.buffer.get(name, {"kept": []})["kept"])
         for rollout in right:
             if not any(torch.equal(rollout.ids_C, ids_C) for ids_C, _ in kept):
                 kept.append((rollout.ids_C, rollout.old_logp_C))
-        if kept:
-            self.buffer[name] = {"k": len(right), "kept": kept[-KEPT:]}
+        self.buffer[name] = {"k": len(right), "kept": kept[-KEPT:]}
 
     def state(self) -> dict:
         """Return the buffer, the retired questions, and whether replay has begun."""
@@ -435,7 +430,8 @@ class Tgrpo(Method):
         """Find p̃: G/2 answers to the same prompts with shuffled frames, verified and forgotten."""
         groups = [group for group in groups if group.sample.media_type == "video"]
         with phases("shuffled"):
-            mixed = [shuffled(run, group.sample, key) for group in groups]
+            samples = [shuffled(group.sample, key) for group in groups]
+            mixed = [ffr.Group(sample, run.prompts.prefix(sample)) for sample in samples]
             if mixed:
                 cache = run.student.prefill([group.prefix for group in mixed])
                 run.find(cache, mixed, f"{key}/shuffled", self.config.rollouts // 2, run.sampling)
@@ -460,12 +456,11 @@ class Tgrpo(Method):
         return ffr.reward(slot, kappa, alignment_weight) + slot.note
 
 
-def shuffled(run: Any, sample: Any, key: str) -> ffr.Group:
-    """Return a group of the same sample, its frames permuted and their times left in place."""
+def shuffled(sample: Any, key: str) -> Any:
+    """Return the sample with its frames permuted and their times left in place."""
     frames = sample.clip.frames
     order = ffr.noise(f"{key}/{sample.id}/order", 1, len(frames))[0].argsort()
-    mixed = replace(sample, clip=replace(sample.clip, frames=frames[order]))
-    return ffr.Group(mixed, run.prompts.prefix(mixed))
+    return replace(sample, clip=replace(sample.clip, frames=frames[order]))
 
 
 class Vote(Method):
@@ -535,8 +530,9 @@ class Rlsd(Method):
     names, horizon, among = ("credit_weight", "credit_change"), 60, False
 
     def weight(self, step: int) -> float:
-        """Return λ of a step, counted from 0."""
-        return self.config.sd_lambda * max(0.0, 1 - step / (self.config.sd_horizon or self.horizon))
+        """Return λ = λ₀ (1 − s/60) of a step, counted from 0, whose update is s = step + 1."""
+        past = (step + 1) / (self.config.sd_horizon or self.horizon)
+        return self.config.sd_lambda * max(0.0, 1 - past)
 
     def start(self, load: Callable) -> None:
         """Load the copy: fp32 like the policy's weights, sharded like them, never trained."""
@@ -562,7 +558,7 @@ class Rlsd(Method):
         """
         hints = [self.hint(group.sample, slot) for group, slot in batch.members]
         informed = [run.prompts.suffix(hint) for hint in hints]
-        rest = batch.owners, batch.completions
+        rest = batch.owners, batch.completions, self.config.temperature
         support = self.config.sd_topk or None if self.among else None
         with torch.no_grad():
             theirs_T, ids_TK = self.copy(batch.prefixes, informed or batch.suffixes, *rest,
@@ -607,7 +603,8 @@ class Visd(Rlsd):
     def hint(self, sample: Any, slot: ffr.Slot) -> str:
         """Return verified answer, window, key frames, and the feedback on this rollout."""
         parts = [f"\nFor you alone: the verified answer is {sample.answer}."]
-        for evidence in sample.evidence:
+        within = sample.clip.duration + 0.5  # as for a patch: what lies outside is a mistake
+        for evidence in (e for e in sample.evidence if e.start < within and e.end <= within):
             times = [t for t in sample.clip.times if evidence.start <= t <= evidence.end]
             shown = f", in the frames at {', '.join(f'{t:.1f}' for t in times)} s" if times else ""
             parts.append(f"It shows from {evidence.start:.1f} s to {evidence.end:.1f} s{shown}.")
@@ -649,8 +646,10 @@ def useful(config: Any) -> dict[str, tuple[bool, str]]:
         ("kappa alignment_weight train_on", tries, "--method ffr and ffr_visd"),
         ("score_under", tries and config.train_on == "chosen",
          "--method ffr and ffr_visd with --train_on chosen"),
-        ("rollouts top_p select no_std dynamic_sampling beta clip_low clip_high ratio",
-         kind.compares, "methods that compare rollouts"),
+        ("rollouts top_p select no_std dynamic_sampling beta", kind.compares,
+         "methods that compare rollouts"),
+        ("clip_low clip_high ratio", kind.compares and config.updates_per_batch > 1,
+         "methods that compare rollouts, with --updates_per_batch above 1"),
         ("pass_mark", kind.compares or name == "sft_teacher", "methods that verify answers"),
         ("length_low length_high", name == "tgrpo", "--method tgrpo"),
         ("shape_gamma", name in ("luffy", "replay"), "--method luffy and replay"),

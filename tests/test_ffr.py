@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import ffr
+import runs
 from model import Completion
 from tiny import separate_logits, text, tiny_student, video
 
@@ -129,6 +130,12 @@ def test_an_all_equal_group_has_exactly_zero_gradient():
     """Catches: rounding that turns equal rewards into huge advantages through the small δ."""
     for value in (0.1, 1.7, 2.0 / 3.0):
         assert ffr.advantages([value] * 8).tolist() == [0.0] * 8
+    assert 0.9 - 0.3 != 0.6  # a repair's 0.9 − κ and a first try's 0.6 are equal on paper
+    for std in (True, False):
+        assert ffr.advantages([0.6, 0.9 - 0.3] * 4, std).tolist() == [0.0] * 8
+    middle = ffr.advantages([0.0, 0.9 - 0.6, 0.6])  # of three, the mean is the middle one
+    assert middle[1] == 0 and middle.tolist() == pytest.approx([-0.3 / 0.3001, 0, 0.3 / 0.3001])
+    assert ffr.advantages([1.3]).tolist() == [0.0] and ffr.advantages([1.3], False).tolist() == [0.0]
     groups, _ = one_group([[RIGHT, EOS]] * 4, [])
     batch, = ffr.micro_batches(groups, 10**6, ffr.token_weights("token", 8, 4))
     logp = batch.old_logp_T.clone().requires_grad_()
@@ -147,6 +154,24 @@ def test_the_chosen_rollout_carries_the_loss():
     assert [len(s.ids) for s in batch.suffixes] == [2, 7, 7, 2]  # each under its own observation
     assert batch.old_logp_T.tolist() == [-1, -2, -1, -2, -3, -1, -2, -3, -4, -1, -2, -3]
     assert len(batch.weight_T) == 12 and (batch.weight_T == 1 / 12).all()
+
+
+def test_pi_old_is_scored_before_the_first_update():
+    """Catches: rounding between sampling and scoring taken for a change of the policy, so that the
+    clip binds before any update; a trace's π_φ replaced by the policy; π_old set again later.
+    """
+    groups, _ = one_group(FIRST, REPAIRS)
+    groups[0].slots[3].off_policy = True
+    batch, = ffr.micro_batches(groups, 10**6, ffr.token_weights("token", 12, 4))
+    sampled = batch.old_logp_T.clone()
+    logp = (sampled + torch.tensor([0.01, -0.01] * 6)).requires_grad_()
+    own = torch.tensor([True] * 9 + [False] * 3)  # the last rollout is somebody's trace
+    assert ffr.settle(batch, logp) == pytest.approx(9 * 0.01, abs=1e-5)
+    assert torch.equal(batch.old_logp_T[own], logp.detach()[own])
+    assert torch.equal(batch.old_logp_T[~own], sampled[~own])
+    assert not batch.old_logp_T.requires_grad
+    _, sums = ffr.loss(logp, batch, 3e-4, 4e-4, 0.0)
+    assert sums["clipped"] <= 3  # 8 to 12 of them, where π_old is the sampler's
 
 
 def test_train_on_original_reproduces_the_release():
@@ -204,7 +229,6 @@ def test_no_log_ratio_overflows():
             loss.backward()
             assert loss.item() == pytest.approx(-bounded, rel=1e-5), (advantage, log)
             assert logp.grad.item() == pytest.approx(-r * advantage * passes, rel=1e-5)
-            assert sums["mismatch"] == pytest.approx(abs(log))
     mixed = torch.tensor([1e4, 0.1]).requires_grad_()  # one stray token spoils no other
     ffr.clip(mixed, torch.ones(2), 0.2, 0.3)[0].sum().backward()
     assert mixed.grad.tolist() == pytest.approx([0.0, math.exp(0.1)])
@@ -341,7 +365,7 @@ def test_noise_depends_on_its_key_only():
 
 def test_measures_count_slots():
     """Catches: the intervention ratio over failures only, the repair rate over all slots."""
-    totals = ffr.measure(one_group(FIRST, REPAIRS)[0])
+    totals = runs.measure(one_group(FIRST, REPAIRS)[0])
     assert totals["intervention_ratio"] == [2, 4] and totals["repair_rate"] == [1, 2]
     assert totals["accuracy"] == [2.0, 4] and totals["chosen_accuracy"] == [3.0, 4]
     assert totals["repair_rate/temporal"] == [1, 2] and totals["completion_length"] == [12, 4]

@@ -193,7 +193,7 @@ def test_a_trace_is_shaped_and_not_clipped():
     value.backward()
     expected = [0.25, 0.1 / 1.21, 0.1 * 0.001 / 0.101**2, 1.0, 0.0]
     assert (-5 * logp.grad).tolist() == pytest.approx(expected, abs=1e-6)
-    assert sums["clipped"] == 1 and sums["mismatch"] == pytest.approx(0.5), "of own rollouts only"
+    assert sums["clipped"] == 1
 
 
 @pytest.mark.parametrize("log", (-1e4, -100.0, -5.0, 0.0, 5.0, 88.0, 89.0, 100.0, 1e4))
@@ -338,7 +338,7 @@ def test_the_judge_replaces_the_accuracy_in_steps_of_a_tenth(world, tmp_path):
     assert asked == [("judge", g.sample.id, s.first.text) for g in groups for s in g.slots]
     assert run.method.figures()["judge_failed"] == [1.0, 8]
     accuracy = sum(slot.first.accuracy for slot in slots)
-    assert ffr.measure(groups)["accuracy"][0] == pytest.approx(accuracy)
+    assert runs.measure(groups)["accuracy"][0] == pytest.approx(accuracy)
 
 
 def traces(run, **changed):
@@ -368,7 +368,7 @@ def test_luffy_puts_one_verified_trace_into_a_group(world, tmp_path):
         expected = ffr.advantages([slot.first.accuracy + slot.first.format for slot in group.slots])
         assert [slot.advantage for slot in group.slots] == pytest.approx(expected.tolist())
     own = [slot.first.accuracy for group in groups for slot in group.slots if not slot.off_policy]
-    assert ffr.measure(groups)["accuracy"] == [pytest.approx(sum(own)), 7]
+    assert runs.measure(groups)["accuracy"] == [pytest.approx(sum(own)), 7]
     assert run.method.figures()["trace_used"] == [1.0, 2]
 
 
@@ -404,7 +404,7 @@ def test_all_equal_groups_make_room_for_fresh_prompts(world, tmp_path, monkeypat
     trained = [slot.trained for group in groups for slot in group.slots if slot.trained is not None]
     batch, = ffr.micro_batches(groups, 10**6, lambda rollout: 1.0)
     assert trained and len(batch.completions) == len(trained)
-    assert ffr.measure(groups)["accuracy"][1] == 4 * len(groups)
+    assert runs.measure(groups)["accuracy"][1] == 4 * len(groups)
     run.score = lambda sample, text: (0.0, 0.0, True)
     assert len(filled(run)) == 6, "2 prompts, replaced twice"
 
@@ -426,13 +426,17 @@ def alone(value):
 
 
 def test_replay_waits_for_a_student_that_can_answer():
-    """Catches: a buffer of lucky guesses from the start; a switch that goes back."""
+    """Catches: a buffer of lucky guesses from the start, or of the batch that switches it on; a
+    switch that goes back; a question solved before it replayed later.
+    """
     method, run = replay(replay_start=0.35), SimpleNamespace(everyone=alone)
     method.after(run, [group_with("a", 2)])
-    assert not method.started and not method.buffer
+    method.after(run, [group_with("s", 8), group_with("t", 0), group_with("u", 0)])
+    assert not method.started and not method.buffer and method.retired == {"s"}
     method.after(run, [group_with("b", 3)])
-    method.after(run, [group_with("c", 1)])
-    assert method.started and set(method.buffer) == {"b", "c"}
+    assert method.started and not method.buffer
+    method.after(run, [group_with("c", 1), group_with("s", 5)])
+    assert method.started and set(method.buffer) == {"c"}
 
 
 def test_replay_keeps_successes_with_their_own_log_probs_and_retires_the_solved():
@@ -440,11 +444,14 @@ def test_replay_keeps_successes_with_their_own_log_probs_and_retires_the_solved(
     replayed.
     """
     method = replay()
+    method.started = True
     method.keep(group_with("a", 3))
     assert method.buffer["a"]["k"] == 3
     assert [ids.tolist() for ids, _ in method.buffer["a"]["kept"]] == [[0, 9], [1, 9], [2, 9]]
     assert method.buffer["a"]["kept"][2][1].tolist() == pytest.approx([-0.2, -0.2])
     method.keep(group_with("a", 2))
+    assert method.buffer["a"]["k"] == 2 and len(method.buffer["a"]["kept"]) == 3
+    method.keep(group_with("a", 0))  # a question that fails now stays in its bucket
     assert method.buffer["a"]["k"] == 2 and len(method.buffer["a"]["kept"]) == 3
     method.keep(group_with("a", 8))
     method.keep(group_with("a", 4))
@@ -518,14 +525,14 @@ def test_token_credit_is_bounded_and_keeps_the_sign():
 
 
 def test_lambda_falls_to_zero_and_the_copy_goes(world, tmp_path):
-    """Catches: λ counted from 1 or never zero, a copy kept for nothing, one that others pay for."""
+    """Catches: λ₀ (1 − s/60) with s from 0, never zero, a copy kept or paid for by others."""
     run = run_of(world, tmp_path / "run", method="visd", sd_horizon=4)
     weights = [run.method.weight(step) for step in range(6)]
-    assert weights == pytest.approx([0.5, 0.375, 0.25, 0.125, 0, 0])
-    run.step = 2
+    assert weights == pytest.approx([0.375, 0.25, 0.125, 0, 0, 0])  # s = 1 at the first update
+    run.step = 1
     run.method.after(run, [])
     assert run.method.copy is not None
-    run.step = 3
+    run.step = 2
     run.method.after(run, [])
     assert run.method.copy is None
     assert run_of(world, tmp_path / "other", method="ffr").method.copy is None
@@ -559,14 +566,15 @@ def batches_of(run, groups):
     return ffr.micro_batches(groups, 10**6, ffr.token_weights("token", 100, 8))
 
 
-def plain_logp(student, prefix, suffix, completion):
+def plain_logp(student, prefix, suffix, completion, temperature):
     with torch.no_grad():
-        return student([prefix], [suffix], [0], [completion])[0]
+        return student([prefix], [suffix], [0], [completion], temperature)[0]
 
 
 def test_an_informed_replay_is_the_same_completion_under_the_hint(world, tmp_path):
     """Catches: completions shifted by the hint's length, the hint of another rollout, Δ with its
-    sign turned, a temperature in it; log-probs of a batch of its own that differ from the tree's.
+    sign turned or at another temperature than rollouts have (the official code's; half of what it
+    is at 1 here); log-probs of a batch of its own that differ from the tree's.
     """
     run = run_of(world, tmp_path / "run", method="rlsd")
     with torch.no_grad():
@@ -582,12 +590,13 @@ def test_an_informed_replay_is_the_same_completion_under_the_hint(world, tmp_pat
         assert group.sample.answer in run.prompts.text(hint.ids)
         informed = replace(hint, ids=torch.cat([hint.ids, run.prompts.header.ids]))
         ids = slot.trained.ids_C
-        expected.append(plain_logp(run.method.copy, group.prefix, informed, ids)
-                        - plain_logp(run.student, group.prefix, run.prompts.header, ids))
+        expected.append(plain_logp(run.method.copy, group.prefix, informed, ids, 2.0)
+                        - plain_logp(run.student, group.prefix, run.prompts.header, ids, 2.0))
     expected = torch.cat(expected)
     assert (gap - expected).abs().max() < 2e-4 and gap.abs().max() > 0.1
     run.method.weigh(run, [batch])
-    W = 0.5 + 0.5 * (before.sign() * expected).exp().clamp(0.8, 1.2)
+    size, weight = (before.sign() * expected).exp().clamp(0.8, 1.2), 0.5 * 59 / 60
+    W = 1 - weight + weight * size
     assert torch.allclose(batch.advantage_T, before * W, atol=2e-4)
 
 
@@ -678,7 +687,8 @@ def test_ffr_visd_weighs_repairs_by_what_the_patch_changed(repaired):
     repaired, headers = is_repair(batch), [run.prompts.header] * len(batch.suffixes)
     gap = under(run, batch, batch.suffixes) - under(run, batch, headers)
     methods.FfrVisd(replace(run.config, method="ffr_visd")).weigh(run, [batch])
-    W = torch.where(repaired, 0.5 + 0.5 * (before.sign() * gap).exp().clamp(0.8, 1.2), 1.0)
+    size, weight = (before.sign() * gap).exp().clamp(0.8, 1.2), 0.5 * 599 / 600
+    W = torch.where(repaired, 1 - weight + weight * size, 1.0)
     assert torch.allclose(batch.advantage_T, before * W, atol=1e-4)
     assert torch.equal(batch.advantage_T[~repaired], before[~repaired])
     assert gap[repaired].abs().max() > 0.1
