@@ -8,9 +8,10 @@ official   the benchmark's own rule, with as many letters as the question has op
 family     Video-R1's: the letter and nothing else inside <answer>, else in all of the output
 
 Nothing here imports torch. Departures from the authors: an empty or unreadable answer is wrong,
-never a random letter (LongVideoBench), never right (MVBench) and never left out (LVBench); MMVU's
-multiple choice goes by rule, not by judge, and so do TempCompass' answers, also where its rules
-read none; an answer that stands in <answer> is read there.
+never a random letter (LongVideoBench), never right (MVBench) and never left out (LVBench,
+Video-MMMU); MMVU's multiple choice goes by rule, not by judge, and so do TempCompass' answers, also
+where its rules read none; an answer that stands in <answer> is read there, without the blanks
+around it. docs/evaluation.md has the list.
 """
 
 import os
@@ -159,7 +160,7 @@ def lettered(texts: Iterable) -> tuple[str, ...]:
 
 def split_options(text: str) -> tuple[str, tuple[str, ...]]:
     """Return a question and the options in its last lines, "A. red" or "(A) red"."""
-    stem, *parts = re.split(r"\n[ \t]*\(?([A-Z])[.)] ", text)
+    stem, *parts = re.split(r"\n[ \t]*\(?([A-Z])[.)](?: |(?=[A-Z][a-z]))", text)  # or "C.Both"
     if not parts or "".join(parts[::2]) != LETTERS[:len(parts) // 2]:
         return text, ()
     return stem, lettered(parts[1::2])
@@ -202,14 +203,16 @@ MVBENCH = members({  # the folders of its tasks' videos
 BOUNDED = {"action_sequence", "action_prediction", "object_interaction", "action_localization",
            "episodic_reasoning"}  # MVBench's tasks about some seconds of a video
 FORMATS = ("multi-choice", "yes_no", "caption_matching", "captioning")  # TempCompass' tasks
+TRACKS = ("Perception", "Comprehension", "Adaptation")  # Video-MMMU's
+MEDIA = {"video": "video", "frame": "video", "image": "image"}  # "frame": 200 rows of MVBench
 
 
 def mmvu(config: Flags, videos: Videos) -> list[Question]:
     """Return MMVU's validation set: 625 multiple choice and 375 open questions."""
     questions = []
     for row in rows(config, "validation.json", "data/validation.json", "**/validation*.parquet"):
-        path = row["video"].split("/main/")[-1]  # it is a URL
-        closed = row["question_type"] == "multiple-choice"
+        path = row.get("video_path") or row["video"].split("/main/")[-1]  # a mirror's, or a URL
+        closed = {"multiple-choice": True, "open-ended": False}[row["question_type"]]
         subject = path.split("/")[-2].replace(" ", "_")
         questions.append(Question(
             str(row["id"]), row["question"], lettered(row["choices"].values()) if closed else (),
@@ -246,6 +249,8 @@ def videommmu(config: Flags, videos: Videos) -> list[Question]:
         found, track = read(path), path.parent.name
         if isinstance(found, dict):  # the repository's copy: {"Perception": {"0": {...}}}
             (track, found), = found.items()
+        if track not in TRACKS:
+            raise ValueError(f"--data: {path} is in no folder {', '.join(TRACKS)}")
         for row in found.values() if isinstance(found, dict) else found:
             if track == "Adaptation" or not config.question_only:
                 questions.append(_videommmu_question(row, track, videos, config.question_only))
@@ -253,7 +258,7 @@ def videommmu(config: Flags, videos: Videos) -> list[Question]:
 
 
 def _videommmu_question(row, track, videos, question_only):
-    id, options = row["id"], lettered(row.get("options") or ())
+    id, options = row["id"], lettered(row["options"] or ())
     faculty = FACULTIES.get("_".join(id.split("_")[1:-1]), "other subjects")
     golds = [gold.strip(" '\"[]") for gold in str(row["answer"]).split(",")] \
         if str(row["answer"]).startswith("[") else [str(row["answer"]).strip()]
@@ -301,7 +306,8 @@ def longvideobench(config: Flags, videos: Videos) -> list[Question]:
             text = spoken(row, config.frames, [b / "subtitles" for b in bases]) + text
         questions.append(Question(
             str(row["id"]), text, lettered(texts), LETTERS[int(row["correct_choice"])],  # 0-based
-            "multiple choice", (f"{row['duration_group']} s", row["level"],
+            "multiple choice", (f"{row['duration_group']} s",
+                                *([row["level"]] if "level" in row else ()),  # not in parquet
                                 row["question_category"]), videos.at(row["video_path"])))
     return questions
 
@@ -319,8 +325,9 @@ def spoken(row: dict, frames: int, folders: Sequence[Path]) -> str:
     shown, kept = np.linspace(0, row["duration"], frames), []
     for line in read(path):
         start, end = line["timestamp"] if "timestamp" in line else (line["start"], line["end"])
-        start, end = (row["duration"] if stamp is None else
-                      seconds(stamp) - row["starting_timestamp_for_subtitles"]
+        if "timestamp" in line and not isinstance(end, float):  # open: until the film ends
+            end = row["duration"]
+        start, end = (seconds(stamp) - row["starting_timestamp_for_subtitles"]
                       for stamp in (start, end))
         middle, half = (start + end) / 2, max(end - start, 1) / 2
         if (abs(shown - middle) < half).any():
@@ -367,12 +374,13 @@ def mvbench(config: Flags, videos: Videos) -> list[Question]:
     for path in pick(config.data, "json/*.json", "*.json"):
         task = path.stem
         for i, row in enumerate(read(path)):
-            name, folder = row["video"], MVBENCH[task]
-            bounded = task in BOUNDED and not config.uncut
+            name, bounded = row["video"], task in BOUNDED and not config.uncut
+            folders = MVBENCH[task], f"data0613/{MVBENCH[task]}"  # a later archive has its own
             questions.append(Question(
                 f"{task}/{i}", row["question"], lettered(row["candidates"]),
                 dict(zip(row["candidates"], LETTERS))[row["answer"]], "multiple choice", (task,),
-                videos.at(f"{folder}/{name}", f"{folder}/{Path(name).stem}.mp4"),
+                videos.at(*(f"{folder}/{file}" for file in (name, f"{Path(name).stem}.mp4")
+                            for folder in folders)),
                 span=(row["start"], row["end"]) if bounded else None))
     return questions
 
@@ -419,7 +427,7 @@ def _tempcompass_question(form, row, mc_question, mc_answer):
         return Question("", text, (), mc_answer[0], "free-form", accepted=(mc_question,),
                         judged=True)
     if form == "yes_no":
-        return Question("", text, ("A. yes", "B. no"), "AB"[answer.lower().startswith("no")],
+        return Question("", text, ("A. yes", "B. no"), {"yes": "A", "no": "B"}[answer.lower()],
                         "multiple choice")
     if form == "multi-choice":
         return Question("", *split_options(text), answer[0], "multiple choice")
@@ -443,8 +451,9 @@ def family_json(config: Flags, videos: Videos) -> list[Question]:
             str(row["problem_id"]), row["problem"],
             tuple(row.get("options") or ()) if kind == "multiple choice" else (),
             parse_answer(row["solution"], fallback=True) or "", kind, (group,) if group else (),
-            videos.at(*("/".join(parts[k:]) for k in range(len(parts)))),
-            evidence=tuple(row.get("evidence") or ())))
+            videos.at(*("/".join(parts[k:]) for k in range(len(parts)))), MEDIA[row["data_type"]],
+            evidence=tuple({**e, "start": float(e["start"]), "end": float(e["end"])}
+                           for e in row.get("evidence") or ())))
     return questions
 
 
@@ -465,10 +474,9 @@ def value(benchmark: str, q: Question, text: str, convention: str,
         return verdicts.get(q.id) if text.strip() else 0.0
     if convention == "family":
         return _family(q, text)
-    if benchmark == "tempcompass":
-        return float(_tempcompass_letter(q, _said(text)) == q.answer)
-    rules = {"vsibench": _vsibench, "videommmu": _videommmu, "holmes": _holmes,
-             "longvideobench": _longvideobench, "lvbench": _lvbench, "mvbench": _mvbench}
+    rules = {"vsibench": _vsibench, "videommmu": _videommmu, "holmes": _holmes, "mvbench": _mvbench,
+             "longvideobench": _longvideobench, "lvbench": _lvbench, "tempcompass": _tempcompass,
+             "own": _verifier}
     return rules.get(benchmark, _lenient)(q, text)
 
 
@@ -487,11 +495,23 @@ def _family(q, text):
     return accuracy(q.kind, text, q.answer, q.options, "strict", fallback=True)
 
 
+def _verifier(q, text):
+    """Score as training does, but that all of an output without <answer> is read."""
+    return accuracy(q.kind, text, q.answer, q.options, "lenient", fallback=True)
+
+
 def _lenient(q, text):
     """Score what a person takes for the answer: MMVU's and the family JSON's other convention."""
-    if q.kind == "regression":
-        return _vsibench(q, text)
-    return accuracy(q.kind, text, q.answer, q.options, "lenient", fallback=True)
+    if q.kind == "multiple choice":
+        return float(_letter(q, _said(text)) == q.answer)
+    return _vsibench(q, text) if q.kind == "regression" else _verifier(q, text)
+
+
+def _letter(q, said):
+    """Return the option named behind the last "final answer is", as MMVU asks, else in all."""
+    asked = re.split("(?i)final answer is", said)[1:]
+    behind = asked[-1].strip(" :\n").partition("\n")[0] if asked else ""
+    return choice(behind, q.options) or choice(said, q.options)
 
 
 def _vsibench(q, text):
@@ -502,11 +522,15 @@ def _vsibench(q, text):
     return float(word.upper() == q.answer)
 
 
-# What MMMU's parser takes for the words before an answer.
-BEFORE = re.compile(
-    "(?:could be|found to be|determined to be|calculated as|counted as|measured as|observed as"
-    "|concluded as|number of|adds up to|equals|identify|recognize|total|thus|therefore|final"
-    "|answer|result|have|has|are|is|so) ")
+# What MMMU's parser takes for the words before an answer, in its order, and for numbers: with
+# commas, with an exponent, and plain. (?<!\d) is ours: it changes no match, but the time.
+BEFORE = ("could be |so |is |thus |therefore |final |answer |result |are |in total |total "
+          "|identify |recognize |calculated as |counted as |measured as |observed as |concluded as "
+          "|found to be |equals |determined to be |number of |value is |adds up to |have |has "
+          ).split("|")
+NUMBERS = [re.compile(pattern) for pattern in (
+    r"-?\b\d{1,3}(?:,\d{3})+\b", r"-?(?<!\d)\d+(?:\.\d+)?e[+-]?\d+",
+    r"-?(?:((?<!\d)\d+)?\.\d+|(?<!\d)\d+\b)(?!e[+-]?\d)(?![,\d])")]
 
 
 def _videommmu(q, text):
@@ -514,7 +538,9 @@ def _videommmu(q, text):
     said = _said(text)
     if q.kind != "multiple choice":
         return _videommmu_open(q, said)
-    said = f" {said.strip(',.!?;: ')} "
+    for mark in ",.!?;:'":  # in this order, so that of "B,." the comma stays
+        said = said.strip(mark)
+    said = f" {said} "
     for mark in ("{}.", "{}:", "({})", "{} "):
         if found := [x for x in _letters(q) if mark.format(x) in said]:
             place = " {} " if mark == "{} " else mark  # of several, not the end of "DNA "
@@ -526,33 +552,49 @@ def _videommmu(q, text):
 
 def _videommmu_open(q, said):
     """Score a gold number, to two decimals, or text behind the last word like "is" of any line."""
-    lines = said.lower().strip(" .").split("\n")
-    lines[-1] = lines[-1].replace("=", " is ")
-    tails = [BEFORE.split(line)[-1] for line in lines if BEFORE.search(line)] or lines
-    numbers = re.findall(r"-?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)", "\n".join(tails))
-    found = {n and round(n, 2) for n in map(number, numbers)}
-    golds = {gold: number(gold) for gold in q.accepted or (q.answer,)}
-    return float(any(any(gold.lower() in tail for tail in tails) if n is None
-                     else round(n, 2) in found for gold, n in golds.items()))
+    tails = _tails(said)
+    found = {round(n, 2) for n in _numbers(tails)}
+    return float(any(any(gold.lower() in tail for tail in tails) if number(gold) is None
+                     else round(number(gold), 2) in found for gold in q.accepted or (q.answer,)))
+
+
+def _tails(said):
+    """Return what stands behind the words of each line; all of it where that is nothing."""
+    lines, found = said.strip(".").lower().split("\n"), []
+    for i, line in enumerate(lines, start=1):
+        tail, last = "", ["="] * (i == len(lines))
+        for behind in (line.split(word)[-1].strip() for word in BEFORE + last if word in line):
+            tail = behind if not tail or len(behind) < len(tail) else tail
+        found += [tail] * (tail not in ("", *":,.!?;'"))
+    return found or ["\n".join(lines)]
+
+
+def _numbers(tails):
+    """Return the numbers that texts are or hold."""
+    inside = [found[0] for text in tails for form in NUMBERS for found in form.finditer(text)]
+    return [n for n in map(number, [*tails, *inside]) if n is not None]
 
 
 def _holmes(q, text):
     """Score the last <answer>: the first letter of A, B, … marked there, else the first in it.
 
     The rule prefers early letters: "Answer: C" is an A. Letters alone are read as they should be.
+    A blank at the end of an output without tags is a mark.
     """
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, max(end, 0))
-    said = text[start + len("<answer>"):end].strip() if start >= 0 else text.strip()
+    closed = text.split("</answer>")[:-1]
+    inside = [part.partition("<answer>")[2].strip() for part in closed if "<answer>" in part]
+    said = inside[-1] if inside else text
     marked = [x for x in _letters(q) if f"{x} " in said or f"{x}:" in said or f"[{x}" in said]
     bare = [x for x in _letters(q) if x in said]
     return float((marked or bare or [""])[0] == q.answer)
 
 
 def _longvideobench(q, text):
-    """Score the first capital that is a letter, phrases like "The answer is" aside."""
-    said = re.sub(r"(?:The (?:best |correct )?(?:answer|option)(?: is)?|Best (?:answer|option):)",
-                  "", _said(text))
+    """Score the first capital that is a letter, the phrases aside that the authors drop."""
+    said = _said(text)
+    for phrase in ("The best answer is", "The correct answer is", "The answer is", "The answer",
+                   "The best option is", "The correct option is", "Best answer:", "Best option:"):
+        said = said.replace(phrase, "")
     return float(next((c for c in said if c in _letters(q)), "") == q.answer)
 
 
@@ -564,24 +606,33 @@ def _lvbench(q, text):
 
 
 def _mvbench(q, text):
-    """Score the first word, full stops aside, inside "(b)" or around it."""
-    word, gold = (_said(text).lower().split() or [""])[0].replace(".", ""), q.answer.lower()
-    return float(f"({gold})" in word or word in (gold, f"({gold}", f"{gold})"))
+    """Score the first line's first word, inside "(b)", full stops aside, or around it."""
+    line, gold = _said(text).lower().partition("\n")[0], q.answer.lower()
+    word = re.sub(r"^\( +", "(", line).split(" ")[0]  # "( b )" as "(b"
+    bare = word.replace(".", "")
+    return float(f"({gold})" in word or gold in bare and bare in f"({gold})")
 
 
-def _tempcompass_letter(q, said):
-    """Return the option that is given by its letter or whole text, or as its format writes it."""
-    if q.options == ("A. yes", "B. no") and re.match("(?i)yes|no", said):
-        return "A" if said.lower().startswith("yes") else "B"
-    for i, option in enumerate(q.options):
-        names = {option[0], option, option[3:]}
-        if q.accepted:
-            label = q.accepted[i].partition(":")[0]
-            names |= {q.accepted[i], label, label.split()[-1]}
-        if said.rstrip(".") in {name.rstrip(".") for name in names} \
-                or re.match(rf"{option[0]}[.)]", said):
-            return option[0]
-    return None
+def _tempcompass(q, text):
+    return float(q.answer in _tempcompass_letters(q, _said(text)))
+
+
+def _tempcompass_letters(q, said):
+    """Return the options that an answer is in its format's own words, else by its letter.
+
+    Caption matching reads an option, its label or the label's number, or its sentence, which may
+    stand behind ") ": "B) It opens." is the option of this sentence, whatever B is.
+    """
+    said = said.replace("</s>", "").strip()
+    if q.options == ("A. yes", "B. no") and (word := re.match("(?i)yes|no", said)):
+        return ["AB"[word[0].lower() == "no"]]
+    found = []
+    for letter, option in zip(LETTERS, q.accepted):
+        label, sentence = option.split(": ")[:2]
+        if said in (option, sentence) or said.split(") ")[1:2] == [sentence] \
+                or {said, said.replace(".", "")} & {label, label.split()[-1]}:
+            found.append(letter)
+    return found or re.findall(rf"\A([{_letters(q)}])(?:[.)]|\Z)", said)
 
 
 def readable(q: Question, text: str) -> bool:
@@ -590,8 +641,10 @@ def readable(q: Question, text: str) -> bool:
     if not said or q.kind not in ("multiple choice", "numerical", "regression"):
         return bool(said)
     if q.kind == "multiple choice":
-        return bool(choice(said, q.options) or _tempcompass_letter(q, said))
-    return number(said) is not None or number(said.split()[0].rstrip(".")) is not None
+        return bool(_letter(q, said) or _tempcompass_letters(q, said))
+    if q.kind == "numerical":
+        return bool(_numbers(_tails(said)))
+    return number(said.split()[0].rstrip(".")) is not None
 
 
 # ---------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ gives the paper's Table 17 from its seeds, to a rounding.
 
 import argparse
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ import numpy as np
 
 from benchmarks.questions import (CONVENTIONS, REASONING, TITLES, Question, cell, headline,
                                   knowledge, readable, score, tally, values, weights)
-from runs import read_json, read_log, read_rows
+from reward import GRADED_KINDS
+from runs import read_json, read_log, read_rows, require
 
 # ---------------------------------------------------------------------------------------------
 # The folder of a run
@@ -62,7 +64,8 @@ def read_run(folder: Path | str) -> Run:
     """
     folder = Path(folder)
     try:
-        config = SimpleNamespace(**read_json(folder / "config.json"))
+        older = {"direct": False, "label_blind": ""}  # what runs had that knew no such flags
+        config = SimpleNamespace(**older | read_json(folder / "config.json"))
         questions = [Question(**{name: tuple(v) if isinstance(v, list) else v
                                  for name, v in row.items()})
                      for row in read_rows(folder / "questions.jsonl")]
@@ -101,12 +104,18 @@ def texts_of(run: Run, patched: bool = False) -> dict[str, str]:
     return {id: row["text"] for id, row in (run.answers | (run.patched if patched else {})).items()}
 
 
-def column(run: Run) -> str | None:
-    """Return the benchmark whose column a run fills; a file of the family's tells by its name."""
+def column(run: Run) -> str:
+    """Return the benchmark whose column a run fills; a file of the family's tells by its name.
+
+    A file of one's own, and one of the family's that is none of the eight, has a column of its own.
+    """
+    stem = Path(run.config.data).stem
+    if run.config.benchmark == "own":
+        return f"own: {stem}"
     if run.config.benchmark != "family":
         return run.config.benchmark
-    stem = Path(run.config.data).stem.lower()
-    return next((b for b in TITLES if b in stem), {"eval_lvb": "longvideobench"}.get(stem))
+    name = stem.lower()
+    return next((b for b in TITLES if b in name), {"eval_lvb": "longvideobench"}.get(name, stem))
 
 
 def overall(run: Run, convention: str, patched: bool = False,
@@ -117,10 +126,14 @@ def overall(run: Run, convention: str, patched: bool = False,
     return headline(run.config.benchmark, scored, convention)[0] if scored else None
 
 
+def passes(q: Question, value: float) -> bool:
+    """Return z of Eq. 4 for a question's value: exact kinds pass at 1, graded ones from 0.5."""
+    return value >= (0.5 if q.kind in GRADED_KINDS else 1.0)
+
+
 def seen(run: Run) -> list[Question]:
-    """Return the questions whose video was there and that the model has answered in some way."""
-    return [q for q in run.questions
-            if q.id in run.answers and not run.answers[q.id].get("error")]
+    """Return the questions whose video was there and that the model has said something to."""
+    return [q for q in run.questions if run.answers.get(q.id, {}).get("text", "").strip()]
 
 
 def report(run: Run) -> str:
@@ -138,16 +151,19 @@ def report(run: Run) -> str:
                  for label, some in (("overall, of those with a video and an answer", seen(run)),
                                      ("overall, of the readable ones among them", told))]
     if run.patched:
-        body.append([f"upper bound: {len(run.patched)} failed ones again, with a patch",
+        got = sum(row.get("status") == "patched" for row in run.patched.values())
+        body.append([f"upper bound: {got} of {len(run.patched)} failed ones again, with a patch",
                      *(part for c, f in zip(CONVENTIONS, (official, family)) for part in
                        (percent(overall(run, c, patched=True)), cells(f, "overall")[1]))])
-    title = f"{TITLES.get(column(run), config.benchmark)}, {config.label}, seed {config.seed}"
-    own = "lenient" if config.benchmark == "family" else "official"
+    title = f"{TITLES.get(column(run), column(run))}, {config.label}, seed {config.seed}"
+    own = "lenient" if config.benchmark in ("family", "own") else "official"
     parts = [f"## {title}", ", ".join(f"{n} {name}" for name, n in counts.items()),
              markdown(["", own, "n", "family", "n"], body)]
     if unjudged := len(run.questions) - official["overall"][1] if official else len(run.questions):
         parts.append(f"Left out of the official figures: {unjudged} questions that only a judge "
                      "can score (--judge).")
+    if config.direct and (n := sum("<think>" in text for text in texts.values())):
+        parts.append(f"{n} answers reason all the same: they hold <think>.")
     if row := paper_line(column(run)):
         parts.append(row)
     return "\n\n".join(parts)
@@ -163,7 +179,7 @@ def paper() -> dict:
     return read_json(Path(__file__).with_name("paper_tables.json"))
 
 
-def paper_line(benchmark: str | None) -> str:
+def paper_line(benchmark: str) -> str:
     """Return the paper's Table 2 for one benchmark, in a line."""
     found = paper()
     if benchmark not in found["columns"]:
@@ -174,16 +190,19 @@ def paper_line(benchmark: str | None) -> str:
         if row[place] is not None)
 
 
-def find_runs(folders: Iterable[str]) -> list[Run]:
-    """Return the runs in the folders given, or one level below them."""
-    found = []
+def find_runs(folders: Iterable[str]) -> tuple[list[Run], list[Path]]:
+    """Return the runs in the folders given or one level below them, and what there is no run."""
+    found, others = {}, []
     for folder in map(Path, folders):
         inside = [folder] if (folder / "config.json").exists() else \
-            sorted(path.parent for path in folder.glob("*/config.json"))
-        if not inside:
-            raise ValueError(f"{folder} holds no run: there is no config.json")
-        found += map(read_run, inside)
-    return found
+            sorted(path for path in folder.glob("*/") if path.is_dir())
+        runs = [path for path in inside if path == folder or (path / "questions.jsonl").exists()]
+        if not runs:
+            raise ValueError(f"{folder} holds no run of evaluate.py, nor does a folder in it: "
+                             "there is no questions.jsonl")
+        found |= {path.resolve(): path for path in runs}  # one that is given twice counts once
+        others += [path for path in inside if path not in runs]
+    return [read_run(path) for path in found.values()], others
 
 
 def by_row(runs: Iterable[Run]) -> Rows:
@@ -194,8 +213,6 @@ def by_row(runs: Iterable[Run]) -> Rows:
     table = {}
     for run in runs:
         benchmark = column(run)
-        if benchmark is None:
-            raise ValueError(f"{run.folder}: cannot tell which benchmark {run.config.data} is")
         key = f"{benchmark}, question only" if run.config.question_only else benchmark
         seeds = table.setdefault(run.config.label, {}).setdefault(key, {})
         if run.config.seed in seeds:
@@ -205,17 +222,27 @@ def by_row(runs: Iterable[Run]) -> Rows:
     return table
 
 
+def each(rows_: Rows) -> Iterable[tuple[str, str, int, Run]]:
+    """Return label, benchmark, seed and run of all of a table's runs."""
+    return ((label, benchmark, seed, run) for label, columns in rows_.items()
+            for benchmark, seeds in columns.items() for seed, run in seeds.items())
+
+
 def mean_std(xs: Sequence[float]) -> str:
     """Return the mean and, of several, the standard deviation (divided by n, as in Table 17)."""
     return percent(np.mean(xs)) + (f" ± {100 * np.std(xs):.1f}" if len(xs) > 1 else "")
 
 
-def table_row(label: str, columns: dict[str, dict[int, float]]) -> list[str]:
-    """Return a row of eight benchmarks and two averages.
+def table_row(label: str, columns: dict[str, dict[int, float]],
+              others: Sequence[str] = ()) -> list[str]:
+    """Return a row of eight benchmarks, two averages, and the other columns.
 
     columns: {benchmark: {seed: share right}}
     """
-    row = [label] + [mean_std(list(columns[b].values())) if columns.get(b) else "–" for b in TITLES]
+    def cells_of(names):
+        return [mean_std(list(columns[b].values())) if columns.get(b) else "–" for b in names]
+
+    row = [label, *cells_of(TITLES)]
     for part in (REASONING, tuple(TITLES)):
         seeds = [set(columns.get(b, ())) for b in part]
         if not all(seeds):
@@ -224,12 +251,12 @@ def table_row(label: str, columns: dict[str, dict[int, float]]) -> list[str]:
             row.append(mean_std([np.mean([columns[b][s] for b in part]) for s in sorted(seeds[0])]))
         else:  # other seeds in other columns
             row.append(percent(np.mean([np.mean(list(columns[b].values())) for b in part])))
-    return row
+    return row + cells_of(others)
 
 
 def main_table(rows_: Rows, convention: str, numbers: Sequence[str]) -> str:
-    """Return the eight columns by one convention, the paper's tables of these numbers below."""
-    body = []
+    """Return the columns by one convention, the paper's tables of these numbers below."""
+    body, others = [], sorted({b for columns in rows_.values() for b in columns} - set(TITLES))
     for label, columns in rows_.items():
         for patched in (False, True):
             found = {b: {seed: overall(run, convention, patched) for seed, run in seeds.items()
@@ -237,12 +264,12 @@ def main_table(rows_: Rows, convention: str, numbers: Sequence[str]) -> str:
             found = {b: {seed: x for seed, x in seeds.items() if x is not None}
                      for b, seeds in found.items()}
             if any(found.values()):
-                body.append(table_row(label + " + patches (upper bound)" * patched, found))
+                body.append(table_row(label + " + patches (upper bound)" * patched, found, others))
     for number in numbers:
         for name, values_ in paper()["tables"][number]["rows"].items():
             columns = {b: {0: x / 100} for b, x in zip(TITLES, values_) if x is not None}
-            body.append(table_row(f"paper, Table {number}: {name}", columns))
-    return markdown(["", *TITLES.values(), "average, reasoning", "average, all"], body)
+            body.append(table_row(f"paper, Table {number}: {name}", columns, others))
+    return markdown(["", *TITLES.values(), "average, reasoning", "average, all", *others], body)
 
 
 def difference(first: dict[int, Run], second: dict[int, Run], convention: str,
@@ -290,6 +317,52 @@ def comparison(rows_: Rows) -> str:
     return f"### {b} minus {a}\n\n" + markdown(["", "points", "95 % interval", "n"], body)
 
 
+def without_video(rows_: Rows) -> list[list[str]]:
+    """Return lines of a table: runs beside their student's blind runs, on what both answer.
+
+    Shares right with the video, without it, and with it where the blind run was wrong; questions.
+    """
+    body = []
+    for label, name, seed, run in each(rows_):
+        blind = rows_.get(run.config.label_blind, {}).get(name, {}).get(seed, run)
+        for convention in CONVENTIONS if blind is not run else ():
+            right, told = ({q.id: passes(q, v) for q, v in values(
+                r.config.benchmark, r.questions, texts_of(r), convention, r.verdicts)}
+                for r in (run, blind))
+            both = [q for q in run.questions if q.id in right and q.id in told]
+            missed = [q for q in both if not told[q.id]]
+            shares = (overall(r, convention, questions=part)
+                      for r, part in ((run, both), (blind, both), (run, missed)))
+            body.append([f"{label}, {name}, seed {seed}, {convention}", *map(percent, shares),
+                         str(len(both)), str(len(missed))])
+    return body
+
+
+def overlap(path: str, questions: Sequence[Question]) -> str:
+    """Return how much of a benchmark occurs in a training file: files by name, questions by words.
+
+    What stands in brackets is no word; lines that are put around a question do not matter.
+    """
+    def words(text):
+        return " ".join(re.findall(r"\w+", re.sub(r"\([^()]*\)|<[^<>]*>", " ", text.casefold())))
+
+    rows_, alike, both = read_rows(path), 0, 0
+    require(rows_ and all(isinstance(row, dict) and {"path", "problem"} <= row.keys()
+                          for row in rows_), f"--trained_on {path} is no training file: it has "
+            "no rows, or one without problem and path")
+    trained = {(Path(str(row["path"])).stem, words(str(row["problem"]))) for row in rows_}
+    names, texts = ({pair[i] for pair in trained} for i in (0, 1))
+    for q in questions:
+        parts = [q.text, q.text.partition("\n")[2], q.text.rpartition("\n")[0],
+                 q.text.rpartition("\n\n")[2]]
+        asked = set(map(words, parts)) & texts - {""}
+        alike += bool(asked)
+        both += any((Path(q.media).stem, text) in trained for text in asked)
+    media = {Path(q.media).stem for q in questions}
+    return f"In {path} occur {len(media & names)} of {len(media)} files, by their names, and " \
+           f"{alike} of {len(questions)} questions, by their words, {both} with their file."
+
+
 def gained_knowledge(rows_: Rows) -> list[str]:
     """Return lines on Δknowledge, where a row has Video-MMMU with and without the lecture."""
     lines = []
@@ -322,23 +395,28 @@ def table(argv: Sequence[str]) -> str:
     for number in numbers:
         if number not in paper()["tables"]:
             raise ValueError(f"--paper {number}: there are Tables {', '.join(paper()['tables'])}")
-    runs = find_runs(options.runs)
+    runs, skipped = find_runs(options.runs)
     rows_ = by_row(runs)
     parts = [f"### {c}\n\n{main_table(rows_, c, numbers)}" for c in CONVENTIONS]
-    if any(run.config.benchmark == "family" for run in runs):
-        parts.insert(1, "Here files of the family's are scored leniently, over all questions.")
+    if any(run.config.benchmark in ("family", "own") for run in runs):
+        parts.insert(1, "Here files of the family's and one's own are scored leniently, over all "
+                        "questions.")
     body = [[f"{label}, {benchmark}, seed {seed}",
              *map(str, tally(run.questions, run.answers).values()),
              *(percent(overall(run, c, questions=some)) for c in CONVENTIONS
                for some in (run.questions, seen(run)))]
-            for label, columns in rows_.items() for benchmark, seeds in columns.items()
-            for seed, run in seeds.items()]
+            for label, benchmark, seed, run in each(rows_)]
     parts.append("### answers\n\n" + markdown(
         ["", *tally([], {}), *(f"{c}{which}" for c in CONVENTIONS
                                for which in ("", ", of those answered"))], body))
     parts += gained_knowledge(rows_)
+    if body := without_video(rows_):
+        parts.append("### with and without the video\n\n" + markdown(
+            ["", "accuracy", "blind", "where blind is wrong", "n", "n of these"], body))
     if len(rows_) == 2:
         parts.append(comparison(rows_))
     if options.details:
         parts += map(report, runs)
+    if skipped:
+        parts.append("Left out, as they hold no questions.jsonl: " + ", ".join(map(str, skipped)))
     return "\n\n".join(parts)
