@@ -1,14 +1,16 @@
 """The leak guard: what a patch may not give away, and the audit of a run's patches.
 
-    problem = leak(patch, sample, response)    "direct: ..." (the answer), "partial: ..." or ""
+    problem = leak(patch, sample, response)    "direct: ..." (the answer), "partial: ...", "unread:
+                                               ..." (not in English) or ""
     problem = await blind_leak(patch, sample, guess, known)    the same by a model without the video
     python guard.py RUN                        leaks, error types, repairs and cost of a run
 
-The paper trusts its prompts to keep answers out of patches (Table 5); the rules here check. Rules
-know English alone: what they cannot know is for the blind test (--blind_test).
+The paper trusts its prompts to keep answers out of patches (Table 5); the rules here check. They
+know English alone: what is in another language is for the blind test (--blind_test), or refused.
 """
 
 import argparse
+import asyncio
 import functools
 import json
 import math
@@ -58,12 +60,21 @@ EMPTY = set(  # words that tell no answer from another
 )
 ADVICE = set(  # advice begins with one of these; any other sentence states something
     "analyze analyse ask attend avoid be begin check choose compare concentrate consider continue"
-    " count decide determine distinguish do don't draw estimate examine find focus follow give go"
-    " identify ignore inspect judge keep list listen locate look make mark measure note notice"
-    " observe pause pay pick re-examine read recheck recount review revisit rewatch scan search see"
-    " select separate start step stay study subtract take think tick trace track treat try use"
-    " verify view wait watch write zoom".split()
+    " count crop decide determine distinguish divide do don't draw enlarge estimate examine find"
+    " focus follow freeze give go identify ignore inspect judge keep list listen locate look make"
+    " mark measure multiply note notice observe order pan pause pay pick re-examine read recheck"
+    " recount replay review revisit rewatch rewind scan search see select separate slow sort start"
+    " step stay study subtract take tap think tick time trace track treat try use verify view wait"
+    " watch write zoom".split()
 )
+PERCEIVED = "see notice find spot hear recognise recognize".split()  # "Can you see the planks?"
+LATIN = set(  # common words of Spanish, French, German, Italian and Portuguese, none of English
+    "el los las del una un que por para con su sus es le les du une est et dans pour sur der das"
+    " und den dem ein eine mit von ist nicht il gli che della di em uma os na al se si ne la de en"
+    " lo".split()
+)
+POLAR = ("is are was were do does did has had can isn't aren't wasn't weren't don't doesn't didn't"
+         " hasn't can't couldn't won't would wouldn't have").split()
 OPENING = "after at before by during for from if in on once over when while with".split()
 LEAD = "then now also but and so first finally instead rather again next please carefully only"
 NOTE = "(note|notice|see|observe|remember|consider|keep in mind)"
@@ -84,6 +95,9 @@ TOLD = {  # what no patch may say, whatever the question
     r"|\b(respond|reply|answer|output) (only )?(with|by)\b|\bsystem prompt\b",
     "partial: compares with the answer given": rf"\btoo {_EXTREME}\b(?! (in|into|back))"
     rf"|\b(much|far|slightly|even|a lot|\d+) {_MORE}\b|\bat (least|most) \d|\bafter \d+ ?s\b"
+    r"|\bwrong (way|order|direction|side)\b|\b(so|very|almost|nearly|quite) (close|right|there)\b"
+    r"|\b(one|1|2|3) (short|off|early|late)\b|\boff by\b|\bgo (up|down) by\b|\bconservative\b"
+    r"|\b(actually|really) the (first|last|\d+|second|third)\b"
     rf"|\b({_MORE}|faster|slower|closer|often)\b[^.;]* than (you|that|what|before|a|half|\d)"
     r"|\byou (\w+ )?(missed|forgot|overlooked|skipped|exchanged|swapped|reversed|\w+counted)\b"
     r"|\b(over|under)-?estimat|\b(double|twice) (the|as)\b|\bhalf (as|of)\b|\bopposite\b"
@@ -93,8 +107,9 @@ TOLD = {  # what no patch may say, whatever the question
     "partial: describes the text": r"\b(start|begin|end)(s|ing|ning)? with\b",
     "partial: points at a single frame": r"\bat \d+(\.\d+)? ?(s|sec|seconds?)\b|\bsecond \d"
     r"|\bframe #?\d+\b(?! ?(to|and|through|until|,|-|–) ?(frame )?\d)",
-    "partial: states what is to be seen": r", (who|which|whose) (?!of\b)",
+    "partial: tells of somebody": r", (who|which|whose) (?!of\b)",
 }
+STATED, UNREAD = "partial: states what is to be seen", "unread: not in English"
 
 
 @functools.cache
@@ -145,12 +160,31 @@ def leak(patch: Patch, sample: Any, response: str) -> str:
 
     Rules on what the student would read.
     """
-    text = spelled("; ".join([patch.guidance, *patch.temporal_markers]))
+    guidance = _bare(patch.guidance)
+    text = spelled("; ".join([guidance, *patch.temporal_markers]))
     told = [what for what, pattern in TOLD.items() if re.search(pattern, text)]
     direct = [what for what in told if what.startswith("direct")]
-    stated = "partial: states what is to be seen" if states(patch.guidance) else ""
-    found = *direct, tells_answer(text, sample, response), _tells_place(patch, sample), *told
+    found = [*direct, tells_answer(text, sample, response), _tells_place(patch, sample), *told]
+    stated = UNREAD if foreign(text) else STATED if states(guidance) else ""
     return next(filter(None, found), stated)
+
+
+def foreign(text: str) -> bool:
+    """Return whether a clause is in another language than English, as far as a rule can tell."""
+    def other(clause):
+        heads = re.findall(r"[^\W\d_]+", clause)
+        known = sum(word in EMPTY or word in ADVICE for word in heads)
+        return sum(word in LATIN for word in heads) > known
+
+    return bool(re.search(r"[^\W\d_\u0000-\u024f]{2}", text)) or any(
+        map(other, re.split(r"[.;!?:]\s+", text)))
+
+
+def _bare(text: str) -> str:
+    """Take Markdown out of a text, and the numbers of a list of advice that begins with 1."""
+    text = re.sub(r"[*_`~#|]+|(?<!\S)-(?=\s)", " ", text)
+    number = rf"(?<!\S)\d+[.)]\s+(?=(?:{'|'.join(ADVICE)})\b)"
+    return re.sub(number, "", text, flags=re.I) if re.match(r"\s*1[.)]\s", text) else text
 
 
 def tells_answer(text: str, sample: Any, response: str) -> str:
@@ -161,13 +195,16 @@ def tells_answer(text: str, sample: Any, response: str) -> str:
     gold, response = options.get(gold.strip("(). ").upper(), gold), response[:20_000]
     said = answer_in(response)
     said = options.get(said.strip("(). ").upper()[:1], said)
-    text = re.sub(r"\bright (?=before|after|when|where|at|as\b)", "", FRAMES.sub(" ", text))
+    text = re.sub(r"\bright (?=before|after|when|where|at|as\b)|\b(?<=write|.note) down\b", "",
+                  FRAMES.sub(" ", text))
     if not re.search(r"second|when|long|time|duration|minute", asked, re.I):
         text = SECONDS.sub(" ", text)
     told, question = words(text), words(asked)
     shared = set.intersection(*map(words, options.values())) if options else set()
-    named = {o for o in options.values() if telling(o, question | shared) <= told}
-    if gold in named and len(named) < len(options):
+    named = {o for o in options.values() if telling(o, question | shared) <= told
+             or ord(max(o, default="a")) > 0x3000 and o in text}  # written without spaces
+    if ord(max(gold, default="a")) > 0x3000 and gold in text and not options or \
+            gold in named and len(named) < len(options):
         return "direct: names the answer"
     if len(options) > 2 and named == set(options.values()) - {gold}:
         return "direct: leaves one option"
@@ -220,14 +257,23 @@ def _tells_place(patch: Patch, sample) -> str:
 
 
 def states(text: str) -> bool:
-    """Return whether a clause states something about the video where it should give advice."""
+    """Return whether a clause states something about the video where it should give advice.
+
+    So does a question that can be answered with yes; a place alone states nothing.
+    """
+    text = SECONDS.sub(" ", FRAMES.sub(" ", text))
+    text = re.sub(r"[(\[]?[xy]?[ =]*\b[01]?\.\d+\b[)\]]?", " ", text)
     for clause in re.split(r"(?<=[.;!?:])\s+", text.lower()):
         clause = re.sub(LEAD, "", clause.strip(" \"'"))
-        heads = re.findall(r"[\w'-]+", clause)
-        pairs = zip(heads[1:10], heads[2:10]) if heads and heads[0] in OPENING else ()
-        advice = any(b in ADVICE and a not in "a an the his her its to".split() for a, b in pairs)
-        advice = advice or len(heads) < 2 or heads[0] in ADVICE or clause.endswith("?")
-        if not advice and not ABOUT_THE_TASK.match(clause.rstrip(".;:!")):
+        heads = re.findall(r"[\w'-]*\w", clause) or ["look"]
+        pairs = list(zip(heads, heads[1:10]))
+        asks = clause.endswith("?") and (heads[0] not in POLAR or any(
+            a == "you" and b not in PERCEIVED for a, b in pairs))
+        leads = heads[0] in OPENING and any(
+            b in ADVICE and a not in "a an the his her its to".split() for a, b in pairs[1:])
+        label = len(heads) == 1 and clause.endswith(":")
+        if not (asks or leads or label or heads[0] in ADVICE
+                or ABOUT_THE_TASK.match(clause.rstrip(".;:!"))):
             return True
     return False
 
@@ -246,7 +292,8 @@ async def blind_leak(patch: Patch, sample: Any, guess: Callable, known: dict) ->
 
     Refused if the patch brings more right answers than guessing and at least half of the k replies
     more than none brings: a model's habit of saying "yes" is then no leak.
-    guess(text) -> k replies; known: right ones without a patch by sample id, filled in here.
+    guess(text) -> k replies; known: tasks of the replies without a patch by sample id, filled in
+    here, so that a question is asked once. All is asked in one batch.
     """
     prompt = "You cannot see the video. Reply with your answer alone; guess if you must.\n"
 
@@ -254,11 +301,13 @@ async def blind_leak(patch: Patch, sample: Any, guess: Callable, known: dict) ->
         replies = await guess(prompt + asked_text(sample) + hint)
         return sum(_gives_answer(plain(reply, 200), sample) for reply in replies), len(replies)
 
-    if sample.id not in known:
-        known[sample.id], _ = await right("")
-    hits, k = await right(render(patch, "text"))
+    task = known.get(sample.id)
+    if task is None or task.done() and (task.cancelled() or task.exception()):
+        task = known[sample.id] = asyncio.ensure_future(right(""))
+    (hits, k), (before, _) = await asyncio.gather(right(render(patch, "text")),
+                                                  asyncio.shield(task))
     chance = 1 / len(sample.options) if sample.options else 0.1
-    seen = hits > k * chance and hits - known[sample.id] >= max(1, k / 2)
+    seen = hits > k * chance and hits - before >= max(1, k / 2)
     return "blind test: the answer can be told from the patch alone" if seen else ""
 
 
@@ -269,7 +318,7 @@ def _gives_answer(said: str, sample) -> bool:
 
 # --- the audit of a run ---------------------------------------------------------------------------
 
-LEAKS = ("direct", "partial")  # what the rules find
+LEAKS = ("direct", "partial", "unread")  # what the rules find, and what they cannot read
 SAID = ("status", "reason")  # what each line of patches.jsonl says; those with a patch say also
 SAID_OF_PATCH = ("error_type", "query_kind", "guidance", "key_frames", "times", "question",
                  "options", "answer")
@@ -306,8 +355,11 @@ def audit(rows: list[dict], price: str = "") -> dict:
     leaks = [leak(patch_of(row), sample, sample.response) for row, sample in zip(patched, asked)]
     shown = Counter(problem.split(":")[0] for problem in leaks)
     types = {t: [row for row in patched if row["error_type"] == t] for t in ERROR_TYPES}
-    tokens = [sum(row.get(f"{way}_tokens") or 0 for row in rows) for way in ("input", "output")]
-    dollars, n = money([tokens[0], 0, 0, tokens[1]], prices(price)), max(len(patched), 1)
+    tokens = [sum(row.get(f"{kind}_tokens") or 0 for row in rows)
+              for kind in ("input", "cache_write", "cache_read", "output")]
+    into, write, read, out = tokens
+    dollars = money([into - write - read, write, read, out], prices(price))
+    n = max(len(patched), 1)
     why = Counter(row["reason"] for row in rows if row["status"] != "patched")
     return {
         "diagnoses": len(rows),
@@ -317,7 +369,7 @@ def audit(rows: list[dict], price: str = "") -> dict:
         "repair_rate": {"all": repaired(patched)} | {t: repaired(rs) for t, rs in types.items()},
         "leaks_submitted": submitted,
         "leaks_shown": {kind: share(shown[kind], len(patched)) for kind in LEAKS},
-        "a_patch": {"input": tokens[0] / n, "output": tokens[1] / n,
+        "a_patch": {"input": into / n, "output": out / n,
                     "dollars": dollars / n if price else None},
     }
 

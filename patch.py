@@ -3,6 +3,7 @@
 A patch says what kind of error was made and where to look again, never what is to be seen there.
 
     patch = parse_patch(given, clip.times)        what a teacher submitted, checked and bounded
+    given = object_in(text, "score")              the JSON object in what a model wrote
     text = render(patch, "text")                  what the student reads after its question
     images = patch_images(patch, frames, "frames")    what it is shown again
     alignment(rationale, patch)                   whether it then refers to the evidence
@@ -15,11 +16,13 @@ Dimensions: F frames that the student sees; h, w pixels.
 """
 
 import bisect
+import json
 import math
 import re
 import unicodedata
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -32,6 +35,7 @@ MAX_GUIDANCE = 400  # characters; with the caps below a patch stays under about 
 MAX_MARKER, MAX_MARKERS, MAX_REGIONS = 80, 3, 4
 MAX_KEY_IMAGES, MIN_CROP = 4, 28  # whole frames shown again; smallest side of a crop in pixels
 LATE = 0.5  # seconds by which evidence may end behind the clip's end
+MAX_JSON, MAX_DEPTH = 4_000_000, 200  # characters and levels of JSON from outside that are read
 
 
 @dataclass(frozen=True)
@@ -202,10 +206,11 @@ def _iou(a, b) -> float:
 
 # The first kind whose words occur in the question; "attribute" when none do.
 KIND_WORDS = (
+    ("temporal", r"^\W*(for )?how long\b|how many (seconds|minutes|hours)\b"),
     ("counting", r"how (many|often)|number of|count\b|total of"),
     ("logic", r"\bwhy\b|cause|reason|because|purpose|infer|imply|explain|would|predict|intention"),
     ("spatial", r"^\W*(in |on |at )?(where|which (side|corner|quadrant|part|position))"),
-    ("temporal", r"^\W*(when|in what order|at what (time|second|moment)|how long)"),
+    ("temporal", r"^\W*(when|in what order|at what (time|second|moment))"),
     ("attribute", r"colou?r|material|shape|texture|made of|wearing|what (kind|type)|text|read"),
     ("dynamics", r"direction|\bmov(e|es|ed|ing|ement)|motion|speed|fast|slow|rotat|turn|path"),
     ("temporal", r"before|after|first|last|order|when|sequence|earl|later|begin|start|\bend"),
@@ -285,23 +290,59 @@ def patch_from_evidence(sample: Any, response: str) -> Patch:
 # --- what a teacher submits -----------------------------------------------------------------------
 
 
+def read_json(text: str) -> Any:
+    """Return the value of a JSON text from outside; ValueError for none, a long or a deep one.
+
+    Bounded before it is parsed: deep brackets end a parser, or whoever writes the value again.
+    """
+    if len(text) > MAX_JSON:
+        raise ValueError(f"more than {MAX_JSON} characters")
+    brackets = re.findall(r"[][{}]", re.sub(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"', "", text, flags=re.S))
+    if max(accumulate(1 if b in "[{" else -1 for b in brackets), default=0) > MAX_DEPTH:
+        raise ValueError(f"brackets in more than {MAX_DEPTH} levels")
+    return json.loads(text, strict=False)  # not strict: line breaks stand in strings
+
+
+def object_in(text: str, name: str) -> dict:
+    """Return the last JSON object in a text that has a key `name`, whatever stands around it.
+
+    A fence, a sentence, thoughts, drafts. ValueError where there is none.
+    """
+    text = text[-20_000:]
+    for start in [match.start() for match in re.finditer("{", text)][:-50:-1]:
+        with suppress(ValueError, RecursionError):
+            found, _ = json.JSONDecoder(strict=False).raw_decode(text, start)
+            if name in found:
+                return found
+    raise ValueError(f"no JSON object with {name} in {plain(text, 60)!r}")
+
+
+def _listed(given: Any) -> list:
+    """Return a list, also from its JSON text; anything else as the one member of a list."""
+    with suppress(ValueError):
+        found = read_json(given) if isinstance(given, str) else given
+        given = given if isinstance(found, (str, int, float)) else found
+    return given if isinstance(given, list) else [] if given in (None, "") else [given]
+
+
 def parse_patch(given: Any, times: tuple[float, ...]) -> Patch:
     """Return the patch that a teacher submitted, of F frames at `times`.
 
-    ValueError says what the teacher has to mend.
+    Lists may come as JSON text, a lone marker or region without its list. ValueError says what the
+    teacher has to mend.
     """
     if not isinstance(given, dict):
         raise ValueError("the input must be an object")
+    kinds = []
     for name, allowed in (("error_type", ERROR_TYPES), ("query_kind", QUERY_KINDS)):
-        if given.get(name) not in allowed:
+        kinds.append(str(given.get(name)).strip().lower())
+        if kinds[-1] not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}")
     guidance = given.get("guidance")
     if not isinstance(guidance, str) or not plain(guidance, MAX_GUIDANCE):
         raise ValueError("guidance must be a sentence")
-    lists = [given.get(name) or [] for name in ("key_frames", "temporal_markers", "regions")]
-    if not all(isinstance(values, list) for values in lists):
-        raise ValueError("key_frames, temporal_markers and regions must be lists")
-    frames, markers, regions = lists
+    frames, markers, regions = (
+        _listed(given.get(name)) for name in ("key_frames", "temporal_markers", "regions"))
     if not all(isinstance(marker, str) for marker in markers):
         raise ValueError("temporal_markers must be strings")
     F = len(times)
@@ -310,9 +351,10 @@ def parse_patch(given: Any, times: tuple[float, ...]) -> Patch:
         raise ValueError("key_frames must be the first and the last of a range, never one frame")
     span = (min(frames), max(frames)) if frames else None
     seconds = (times[span[0]], times[span[1]]) if span else None
-    boxes = tuple(map(parse_region, regions[:MAX_REGIONS]))
-    return Patch(given["error_type"], given["query_kind"], guidance, span, seconds, tuple(markers),
-                 boxes)
+    if regions and not isinstance(regions[0], list):
+        regions = [regions]  # one region without the list of regions around it
+    regions = map(parse_region, regions[:MAX_REGIONS])
+    return Patch(*kinds, guidance, span, seconds, tuple(markers), tuple(regions))
 
 
 def parse_number(value: Any) -> float:

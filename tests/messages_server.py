@@ -2,7 +2,8 @@
 
     python tests/messages_server.py [PORT]      a teacher for trying things out: looks, then submits
 
-A script is a function of the request's body that returns a list of content blocks, or a Fault.
+A script is a function of the request's body that returns a list of content blocks, the fields of a
+whole message, or a Fault.
 """
 
 import json
@@ -22,6 +23,7 @@ class Fault:
     body: str = ""
     drop: bool = False  # close the connection without an answer
     hold: threading.Event | None = None  # do not answer before it is set
+    drip: threading.Event | None = None  # send one byte at a time until it is set
 
 
 def call(name, **given):
@@ -111,14 +113,20 @@ class MessagesServer:
                 "role": "assistant",
                 "model": body["model"],
             }
-            message |= {"content": reply, "stop_reason": "tool_use", "stop_sequence": None}
-            text = json.dumps(message | {"usage": self.usage | {"output_tokens": 50}})
+            message |= {"stop_reason": "tool_use", "stop_sequence": None}
+            message |= {"usage": self.usage | {"output_tokens": min(50, body["max_tokens"])}}
+            text = json.dumps(message | (reply if isinstance(reply, dict) else {"content": reply}))
         data = text.encode()
         handler.send_response(fault.status)
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(data))}
+        length = 1 << 20 if fault.drip else len(data)
+        headers = {"Content-Type": "application/json", "Content-Length": str(length)}
         for name, value in (headers | fault.headers).items():
             handler.send_header(name, value)
         handler.end_headers()
+        if fault.drip is not None:
+            while not fault.drip.wait(0.05):
+                handler.wfile.write(b" ")
+                handler.wfile.flush()
         handler.wfile.write(data)
 
 

@@ -45,42 +45,44 @@ def found_leak(row):
     return leak(patch, sample, row["response"])
 
 
+FIRST = {  # of direct, partial, clean: what the rules refused when they first met a set
+    1: "22/24 16/24 5/24", 2: "21/21 12/21 3/21", 3: "31/34 19/34 8/34", 4: "20/20 20/20 5/20"}
+LABELS = ("direct", "partial", "clean")
+OTHER = ("es", "fr", "de", "zh", "ja")
+
+
 def test_the_guard_on_labelled_patches(capsys):
     """Catches: a rule that lets direct leaks pass, or one that refuses good patches.
 
-    Rules and labels have one author. Of the patches written once the rules stood ("written" 1, 2;
-    leaks worded as advice), the rules as they were refused 22 of 24 and 21 of 21 direct ones, 16
-    of 24 and 12 of 21 partial ones, 5 of 24 and 3 of 21 clean ones; then they were mended. A
-    paraphrase in new words is for the blind test.
+    Rules and labels have one author. The sets 1 and 2 are leaks worded as advice, 3 and 4 patches
+    in the style of other models (terse, chatty, lists, Markdown, coordinates, questions), some in
+    other languages. Each but the last was mended after it was met; 3 and 4 were written together.
     """
     rows = leak_rows()
-    assert len(rows) >= 150 and {row["query_kind"] for row in rows} == set(QUERY_KINDS)
+    assert {row["query_kind"] for row in rows} == set(QUERY_KINDS)
     assert len({row["kind"] for row in rows}) == 5
     refused, total = Counter(), Counter()
     for row in rows:
-        for column in ("all", row["query_kind"], row["kind"]):
-            total[row["label"], column] += 1
-            refused[row["label"], column] += found_leak(row) != ""
-    columns = [
-        "all",
-        *QUERY_KINDS,
-        "multiple choice",
-        "numerical",
-        "free-form",
-        "OCR",
-        "regression",
-    ]
-    with capsys.disabled():
-        print(f"\n{'refused of labelled patches':<28}{'direct':>12}{'partial':>12}{'clean':>12}")
+        problem, number = found_leak(row), row["written"]
+        other = row.get("style") in OTHER
+        columns = [f"set {number}" + ", other languages" * other]
+        columns += ["sets 0 to 2", row["query_kind"], row["kind"]] if number < 3 else []
         for column in columns:
-            cells = [
-                f"{refused[label, column]}/{total[label, column]}"
-                for label in ("direct", "partial", "clean")
-            ]
-            print(f"{column:<28}" + "".join(f"{cell:>12}" for cell in cells))
-    assert refused["direct", "all"] == total["direct", "all"]
-    assert refused["partial", "all"] >= 0.95 * total["partial", "all"]
-    assert refused["clean", "all"] <= 0.05 * total["clean", "all"]
+            total[column, row["label"]] += 1
+            refused[column, row["label"]] += problem != ""
+        if other and not problem.startswith("direct"):
+            assert problem.startswith(("unread", "partial")), row
+    with capsys.disabled():
+        print(f"\n{'refused':<28}" + "".join(f"{label:>12}" for label in LABELS) + "    at first")
+        for column in dict.fromkeys(column for column, _ in total):
+            cells = [f"{refused[column, label]}/{total[column, label]}" for label in LABELS]
+            first = FIRST.get(column[4:].isdigit() and int(column[4:]), "")
+            print(f"{column:<28}" + "".join(f"{cell:>12}" for cell in cells) + f"    {first}")
+    share = {key: refused[key] / total[key] for key in total}
+    assert {share[sets, "direct"] for sets in ("sets 0 to 2", "set 3", "set 4")} == {1}
+    assert share["sets 0 to 2", "partial"] >= 0.95 and share["sets 0 to 2", "clean"] <= 0.05
+    assert share["set 3", "partial"] >= 0.9 and share["set 3", "clean"] <= 0.1
+    assert share["set 4", "partial"] >= 0.95 and share["set 4", "clean"] <= 0.3
 
 
 def test_the_prompt_keeps_to_its_own_rules():
@@ -91,6 +93,45 @@ def test_the_prompt_keeps_to_its_own_rules():
         assert states(never) and not states(allowed), kind
     for text in WHERE_TO_LOOK.values():
         assert not states(text)
+
+
+@pytest.mark.parametrize("text, stated", [
+    ("**Where:** frames 0–6. **What:** write down each action.", False),
+    ("1. Look at the door. 2. Compare the two moments.", False),
+    ("Zoom: [0.55, 0.10, 0.90, 0.40], frames 6-10.", False),
+    ("Have you looked at the scarf? Could you look once more?", False),
+    ("When does each of the events start?", False),
+    ("**Note:** the surface has a grain.", True), ("Barefoot.", True), ("- Scarf: blue", True),
+    ("Can't you see his bare toes?", True), ("Is it really on top of anything?", True),
+    ("Did you see the one behind the bench?", True), ("1. Look. 2. He sits down.", True)])
+def test_advice_in_any_dress(text, stated):
+    """Catches: Markdown and lists refused as statements, statements dressed as questions, lists or
+    single words let pass.
+    """
+    assert states(guard._bare(text)) == stated
+
+
+@pytest.mark.parametrize("text, other", [
+    ("Look at the table, in the second half of the clip.", False), ("Zoom in.", False),
+    ("Watch the man at the Café de la Gare, from frame 2 on.", False), ("47.", False),
+    ("Region x 0.6–0.8, y 0.4–0.7: zoom.", False), ("the sign that reads 出口", True),
+    ("Mira la mano izquierda.", True), ("Look again. Regardez la main.", True), ("看手。", True),
+    ("Schau auf die Tür und zähle die Gäste.", True), ("もう一度見てください。", True)])
+def test_another_language_is_known_as_one(text, other):
+    """Catches: a patch that no rule can read let through, English refused over a name in it."""
+    assert guard.foreign(spelled(text)) == other
+
+
+def test_a_list_s_numbers_are_no_answer_and_an_answer_is_no_list():
+    """Catches: advice in steps refused because a step has the number asked for; a number let pass
+    because it stands where a list's would.
+    """
+    row = dict(query_kind="counting", kind="numerical", question="How many cups?", options=[],
+               answer="2", response="<answer>3</answer>", key_frames=[0, 9], regions=[],
+               temporal_markers=[])
+    assert found_leak(row | dict(guidance="1. Scan the tray. 2. Count each cup.")) == ""
+    assert found_leak(row | dict(guidance="2. Count each cup.")).startswith("direct")
+    assert found_leak(row | dict(guidance="1. a red one 2. a blue one")).startswith("direct")
 
 
 @pytest.mark.parametrize(
@@ -214,6 +255,10 @@ def test_the_price_is_the_run_s_own(tmp_path, capsys):
     assert dollars() is None
     (tmp_path / "config.json").write_text('{"teacher_price": "3/15", "method": "ffr"}')
     assert dollars() == pytest.approx((2000 * 3 + 200 * 15) / 1e6)
+    rows = [row | dict(cache_write_tokens=100, cache_read_tokens=800) for row in audit_rows()]
+    cheaper = guard.audit(rows, "3/15")["a_patch"]  # 100 in full, 100 at 1.25, 800 at a tenth
+    assert cheaper["dollars"] == pytest.approx(2 * ((100 + 125 + 80) * 3 + 100 * 15) / 1e6)
+    assert cheaper["input"] == 2000
     assert dollars("--price", "10/100") == pytest.approx((2000 * 10 + 200 * 100) / 1e6)
     (tmp_path / "config.json").write_text('{"teacher_price": ""}')
     assert dollars() is None
@@ -230,9 +275,9 @@ def test_what_the_blind_test_alone_refused_is_a_row_of_its_own(capsys):
             for row in audit_rows()]
     found = guard.audit(rows)["leaks_submitted"]
     assert {name: (n["count"], n["of"]) for name, n in found.items()} == {
-        "direct": (0, 4), "partial": (0, 4), "blind test": (2, 4)}
+        "direct": (0, 4), "partial": (0, 4), "unread": (0, 4), "blind test": (2, 4)}
     guard.print_audit(guard.audit(rows))
-    assert re.search(r"leaks submitted\n.*\n.*\n  blind test +2 of 4 +50.0%",
+    assert re.search(r"leaks submitted\n.*\n.*\n.*\n  blind test +2 of 4 +50.0%",
                      capsys.readouterr().out)
 
 

@@ -9,8 +9,9 @@ from conftest import sample as film_sample
 from messages_server import submit
 
 import data
-from patch import (MAX_GUIDANCE, QUERY_KINDS, WHERE_TO_LOOK, Patch, alignment, crop, key_range,
-                   outside_clip, parse_patch, patch_from_evidence, patch_images, query_kind, render)
+from patch import (MAX_DEPTH, MAX_GUIDANCE, QUERY_KINDS, WHERE_TO_LOOK, Patch, alignment, crop,
+                   key_range, outside_clip, parse_patch, patch_from_evidence, patch_images,
+                   query_kind, read_json, render)
 from teacher import Annotated
 from video import decode
 
@@ -185,9 +186,44 @@ def test_lists_of_key_frames_and_numbers_as_text_are_understood():
     assert patch.key_frames == (1, 3) and patch.regions == ((0.0, 0.0, 0.5, 1.0),)
 
 
+@pytest.mark.parametrize("given", [
+    {"key_frames": "[1, 3]"}, {"key_frames": ' [ "1", 3.0 ] '}, {"error_type": "Temporal "},
+    {"query_kind": "ATTRIBUTE"}, {"regions": "[[0, 0, 0.5, 1]]"}, {"regions": "[0, 0, 0.5, 1]"},
+    {"regions": [0, "0", 0.5, 1]}, {"temporal_markers": "when it opens"},
+    {"temporal_markers": '["when it opens"]'}, {"regions": "null", "temporal_markers": None},
+    {"regions": "", "temporal_markers": "[]"}])
+def test_arguments_as_text_are_read(given):
+    """Catches: a patch refused, and paid for again, over a list that came as JSON text."""
+    patch = parse_patch(submit()["input"] | given, TIMES)
+    assert (patch.error_type, patch.query_kind) == ("temporal", "attribute")
+    assert patch.key_frames == (1, 3) and patch.times == (0.5, 1.5)
+    assert patch.regions == (((0.0, 0.0, 0.5, 1.0),) if given.get("regions", "null")[:4] not in
+                             ("null", "") else ())
+    marked = str(given.get("temporal_markers")).count("opens")
+    assert patch.temporal_markers == ("when it opens",) * marked
+
+
+def test_json_from_outside_is_bounded_before_it_is_parsed():
+    """Catches: brackets that end the parser, or whoever writes the value again, with an error that
+    nobody expects; brackets in a string taken for depth.
+    """
+    assert read_json("[" * MAX_DEPTH + "]" * MAX_DEPTH)
+    assert read_json('{"a": "' + "[" * 5000 + '\\" [[\nx"}')["a"].endswith("x")
+    for text in ("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), "[" * 200_000, '{"a":' * 100_000,
+                 " " * 4_000_001 + "1", '"' + "x" * 3_999_999, "", "nothing", '{"a": 1} {'):
+        with pytest.raises(ValueError):
+            read_json(text)
+    for text in ("[" * 200_000, '{"a":' * 100_000):
+        with pytest.raises(ValueError):
+            parse_patch(submit()["input"] | {"key_frames": text}, TIMES)
+
+
 @pytest.mark.parametrize(
     "question, kind",
     [
+        ("For how many seconds is the light on?", "temporal"),
+        ("How many minutes pass?", "temporal"),
+        ("For how long does she wait?", "temporal"),
         ("How many people are there?", "counting"),
         ("In which direction does the ball move?", "dynamics"),
         ("When does the light turn on?", "temporal"),
@@ -218,7 +254,8 @@ def annotated(*spans, F=16, seconds=8.0, fps=4.0, first=0.0):
     times = tuple(first + i * step for i in range(F))
     clip = SimpleNamespace(times=times, fps=fps, duration=first + seconds)
     evidence = tuple(SimpleNamespace(start=s, end=e, box=None, note="") for s, e in spans)
-    return SimpleNamespace(question="Why?", evidence=evidence, clip=clip)
+    return SimpleNamespace(question="Why?", options=(), answer="It rains.", kind="free-form",
+                           evidence=evidence, clip=clip)
 
 
 @pytest.mark.parametrize(
