@@ -2,6 +2,7 @@
 
     python evaluate.py --benchmark vsibench --data test.jsonl --video_root V --model M
     torchrun --nproc_per_node 8 evaluate.py ... --output R --resume    goes on where it was killed
+    python evaluate.py ... --blind                       the questions without their videos
     python evaluate.py --benchmark vsibench --data test.jsonl --predictions P   loads no model
     python evaluate.py table RUN... --paper              Markdown over runs, the paper's rows beside
 
@@ -17,6 +18,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
@@ -30,25 +32,26 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.questions import TITLES, Question, load, read, split_options, value
-from benchmarks.results import Run, digest, merged, read_run, report, table
+from benchmarks.results import Run, digest, merged, overlap, passes, read_run, report, table
 from guard import check_money
 from patch import EVIDENCE_LEVELS, alignment, patch_images, render
 from reward import choice, parse_answer
-from runs import (BROKEN, Folder, append, asked_with, check_model, end_processes, everyone, flag,
-                  leave, parse, rank, read_json, read_text, require, require_positive,
-                  start_processes, wording, world_size, write_whole)
+from runs import (BROKEN, Folder, append, asked_with, check_model, everyone, flag, one_sentence,
+                  parse, rank, read_folders, read_json, read_rows, require,
+                  require_files, require_positive, start_processes, typed, wording, world_size,
+                  write_whole)
 
 
 @dataclass(frozen=True)
 class Config:
     """Every flag of the command line; the defaults are the paper's evaluation (appendix C.3)."""
-    benchmark: str = flag("", "which benchmark; family: the Video-R1 family's evaluation JSON",
-                          (*TITLES, "family"))
+    benchmark: str = flag("", "which benchmark; family: the Video-R1 family's evaluation JSON; "
+                          "own: any file in the training format", (*TITLES, "family", "own"))
     data: str = flag("", "the question file, or the folder the benchmark was downloaded to")
     video_root: str = flag("", "folder of the videos")
     model: str = flag("", "checkpoint folder or hub name, or anthropic:NAME")
     predictions: str = flag("", "JSONL of id and text to score instead of asking a model")
-    output: str = flag("", "folder of the run; empty: runs/BENCHMARK-MODEL-FRAMES-SEED")
+    output: str = flag("", "folder of the run; empty: runs/, named by benchmark, row and seed")
     resume: bool = flag(False, "go on with the run in --output")
     frames: int = flag(16, "frames shown of a video")
     max_pixels: int = flag(128 * 28 * 28, "most pixels of a frame; Video-R1's own numbers: 200704")
@@ -61,6 +64,14 @@ class Config:
     subtitles: bool = flag(False, "LongVideoBench: show the lines spoken at the frames shown")
     uncut: bool = flag(False, "MVBench: show whole videos, as the family, not the seconds asked")
     question_only: bool = flag(False, "Video-MMMU: Adaptation without the lecture, for Δknowledge")
+    blind: bool = flag(False, "ask without the video; table says what that already answers")
+    direct: bool = flag(False, "ask for the answer alone, without reasoning")
+    frames_order: str = flag("time", "shuffled: the frames in another order, at the same times",
+                             ("time", "shuffled"))
+    frames_shown: str = flag("all", "one: the middle one of the frames alone", ("all", "one"))
+    tries: int = flag(1, "answers to each question that --keep_failed looks at")
+    keep_failed: str = flag("", "own, --blind: file for the rows of --data that no try answers")
+    trained_on: str = flag("", "training file: say how much of the benchmark occurs in it")
     batch: int = flag(8, "questions that one process answers together")
     with_patches: str = flag("", "answer failed questions again, with this teacher's patch",
                              ("annotated", "anthropic"))
@@ -75,6 +86,8 @@ class Config:
     dtype: str = flag("auto", "compute type; auto: bfloat16 on CUDA, float32 elsewhere",
                       ("auto", "bfloat16", "float32"))
     cuda_graphs: bool = flag(False, "answer with CUDA graphs (not yet tried on a GPU)")
+    decoder: str = flag("pyav", "what reads videos; decord: refuses those it shows wrongly",
+                        ("pyav", "decord"))
     decode_workers: int = flag(2, "processes of each rank that decode videos")
     decode_seconds: float = flag(60.0, "time limit for decoding one file, in seconds")
     frame_cache: str = flag("", "folder of decoded frames; empty: none are kept")
@@ -83,10 +96,14 @@ class Config:
 # Flags that do not change a plain answer, so that a run may go on with others; and a patched one.
 FREE = {"data", "video_root", "output", "resume", "batch", "with_patches", "evidence", "judge",
         "teacher_model", "api_url", "api_price", "api_budget", "cuda_graphs", "decode_workers",
-        "decode_seconds", "frame_cache"}
+        "decode_seconds", "frame_cache", "keep_failed", "trained_on"}
 PATCHING = {"with_patches", "evidence", "teacher_model"}
 # Flags that name a row of the table; further ones are named where they are not the default.
-NAMING = ("max_pixels", "temperature", "top_p", "max_completion", "template", "subtitles", "uncut")
+NAMING = ("max_pixels", "temperature", "top_p", "max_completion", "template", "subtitles", "uncut",
+          "blind", "direct", "frames_order", "frames_shown")
+LOOKING = ("max_pixels", "uncut", "frames_order", "frames_shown")  # no matter to a blind run
+DIRECT = ("{question}\n\nGive the answer alone, without reasoning, between <answer> and </answer>. "
+          "{answer_format}")
 
 
 def check(config: Config) -> None:
@@ -95,16 +112,18 @@ def check(config: Config) -> None:
         require(getattr(config, name), f"--{name} is missing")
     require(bool(config.model) != bool(config.predictions),
             "one of --model and --predictions is needed, and not both")
-    require(config.predictions or config.video_root, "--video_root is missing: the videos' folder")
+    require(config.predictions or config.video_root or config.blind,
+            "--video_root is missing: the videos' folder")
     require_positive(config, "frames", "max_pixels", "max_completion", "max_prompt", "batch",
-                     "decode_seconds")
+                     "decode_seconds", "tries")
     require(config.frames % 2 == 0, f"--frames must be even, got {config.frames}")
     require(config.temperature >= 0 and 0 < config.top_p <= 1,
             "--temperature must be 0 or more and --top_p in (0, 1]")
-    for name, benchmark in (("subtitles", "longvideobench"), ("uncut", "mvbench"),
-                            ("question_only", "videommmu")):
-        require(not getattr(config, name) or config.benchmark == benchmark,
-                f"--{name} is for --benchmark {benchmark}")
+    require(config.output or not (config.judge and config.predictions),
+            "--judge with --predictions needs --output: verdicts that were paid for are kept there")
+    kept = Path(config.keep_failed)
+    require(not config.keep_failed or kept.absolute().parent.is_dir() and not kept.exists(),
+            f"--keep_failed {kept} is there already, or its folder is not")
     check_money(config.api_price, config.api_budget, "--api")
     api = config.model.startswith("anthropic:")
     if config.model and not api:
@@ -122,7 +141,27 @@ def check(config: Config) -> None:
 def refuse_useless(config: Config, given: set[str]) -> None:
     """Refuse a flag that was given and changes nothing in this run, in one sentence."""
     asks = is_api(config) or config.judge or config.with_patches == "anthropic"
+    student, looks = config.model and not is_api(config), config.model and not config.blind
+    whole = looks and config.frames_shown == "all"
     for names, heeded, where in (
+            ("max_completion blind direct", config.model, "--model"),
+            ("template", config.model and not config.direct, "--model without --direct"),
+            ("temperature top_p", student or config.api_url, "students and --api_url"),
+            ("max_prompt batch attention dtype cuda_graphs", student, "students"),
+            ("subtitles", config.model and config.benchmark == "longvideobench",
+             "--benchmark longvideobench"),
+            ("uncut", looks and config.benchmark == "mvbench", "--benchmark mvbench"),
+            ("question_only", config.benchmark == "videommmu", "--benchmark videommmu"),
+            ("frames", looks or config.subtitles, "--model without --blind"),
+            ("max_pixels frames_shown decoder decode_workers frame_cache", looks,
+             "--model without --blind"),
+            ("frames_order", whole, "all frames of videos"),
+            ("with_patches", whole and config.frames_order == "time", "videos as they are"),
+            ("decode_seconds", looks and config.decode_workers, "--decode_workers above 0"),
+            ("keep_failed", config.benchmark == "own" and config.blind,
+             "--benchmark own with --blind"),
+            ("tries", student and config.keep_failed and config.temperature and config.top_p >= 0.5,
+             "--keep_failed with a student at --temperature 1 --top_p 0.95, as in training"),
             ("api_url api_price api_budget", asks, "--model anthropic:NAME, --judge and "
              "--with_patches anthropic"),
             ("teacher_model", config.with_patches == "anthropic", "--with_patches anthropic"),
@@ -132,6 +171,22 @@ def refuse_useless(config: Config, given: set[str]) -> None:
                     f"--{name} changes nothing in this run: it is for {where}")
 
 
+def questions_of(config: Config) -> list[Question]:
+    """Return the questions of a benchmark, or of a file in the training format (own)."""
+    if config.benchmark != "own":
+        return load(config)
+    import data
+    require_files(config, "data")
+    folders, questions = read_folders(config.video_root) if config.video_root else {"": Path()}, []
+    for s in data.load_samples(read_rows(config.data), folders):
+        gold = s.options and choice(s.answer, s.options) or s.answer  # "B" of "B. blue"
+        questions.append(Question(
+            s.id, s.question, s.options, gold, s.kind, (s.kind, *[s.source] * bool(s.source)),
+            s.media, s.media_type, evidence=tuple(map(asdict, s.evidence))))
+    require(questions, f"--data {config.data} holds no questions")
+    return questions
+
+
 # ---------------------------------------------------------------------------------------------
 # The folder of a run
 
@@ -139,13 +194,21 @@ def refuse_useless(config: Config, given: set[str]) -> None:
 def settings(config: Config) -> dict:
     """Return the flags as config.json keeps them, with the label of the run's row in a table.
 
-    Model, frames, and the naming flags that are not at their defaults.
+    label_blind: the same student's without videos.
     """
-    other = [f"{flag_} {getattr(config, flag_)}" for flag_ in NAMING
-             if getattr(config, flag_) != getattr(Config, flag_)]
-    label = f"{Path(config.predictions).stem} (predictions)" if config.predictions \
-        else ", ".join([config.model.rstrip("/"), f"{config.frames} frames", *other])
-    return {**asdict(config), "label": label}
+    return {**asdict(config), "label": label(config),
+            "label_blind": label(replace(config, blind=True))}
+
+
+def label(config: Config) -> str:
+    """Return model, frames, and the naming flags that are not at their defaults."""
+    if config.predictions:
+        return f"{Path(config.predictions).stem} (predictions)"
+    frames = [f"{config.frames} frames"] * (config.subtitles or not config.blind)
+    other = [name if value is True else f"{name} {value}" for name in NAMING
+             if (value := getattr(config, name)) != getattr(Config, name)
+             and not (config.blind and name in LOOKING)]
+    return ", ".join([config.model.rstrip("/"), *frames, *other])
 
 
 def open_run(config: Config, questions: list[Question]) -> Folder:
@@ -185,10 +248,9 @@ class Lines:
 
     def __init__(self, config, name, mine, known):
         part = f"-{os.environ['RANK']}" if "RANK" in os.environ else ""
-        path = Path(config.output) / f"{name}{part}.jsonl"
+        self.path = path = Path(config.output) / f"{name}{part}.jsonl"
         if path.exists():  # a line that a kill has torn is not to be continued
             os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-        self.file = open(path, "a", buffering=1)
         self.benchmark, self.known, self.values = config.benchmark, known, []
         self.bar = tqdm(total=len(mine), desc=f"{config.benchmark} {name}", disable=rank() != 0)
         for q in mine:
@@ -199,7 +261,7 @@ class Lines:
         """Write a question's row, unless it stands there, and show it in the bar."""
         row = {"id": q.id, "text": text, **facts}
         if self.known.get(q.id) != row:
-            self.file.write(json.dumps(row) + "\n")
+            append(self.path, row)
         self._show(q, text)
 
     def _show(self, q, text):
@@ -210,9 +272,8 @@ class Lines:
         self.bar.update()
 
     def close(self) -> None:
-        """End the bar and the file."""
+        """End the bar."""
         self.bar.close()
-        self.file.close()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -224,7 +285,8 @@ def make_loader(config: Config, factor: int) -> Any:
     from video import ClipLoader, FrameCache
     cache = FrameCache(config.frame_cache) if config.frame_cache else None
     return ClipLoader(config.frames, config.max_pixels, factor, cache=cache,
-                      workers=config.decode_workers, time_limit=config.decode_seconds)
+                      workers=config.decode_workers, time_limit=config.decode_seconds,
+                      decoder=config.decoder)
 
 
 def sample_of(q: Question) -> Any:
@@ -236,25 +298,39 @@ def sample_of(q: Question) -> Any:
                        evidence=evidence, span=q.span)
 
 
-def decoded(loader: Any, questions: list[Question], batch: int,
+def decoded(config: Config, loader: Any, questions: list[Question], batch: int,
             failed: Callable) -> Iterator[list[tuple]]:
-    """Yield batches of (question, sample with its clip); failed(question, error=...) for the rest.
+    """Yield batches of (question, sample as it is shown); failed(question, error=...) for the rest.
 
-    The next batch is decoded while this one is answered.
+    The next batch is decoded while this one is answered; blind questions have no clip.
     """
     pairs = [(q, sample_of(q)) for q in questions]
     parts = [pairs[i:i + batch] for i in range(0, len(pairs), batch)]
     for part, following in zip(parts, parts[1:] + [[]]):
-        loader.submit([sample for _, sample in part + following])
+        loader.submit([sample for _, sample in part + following if sample.media_type])
         ready = []
         for q, sample in part:
-            sample, reason = loader.get(sample)
+            sample, reason = loader.get(sample) if sample.media_type else (sample, None)
             if sample is None:
                 failed(q, error=f"undecodable: {reason}")
             else:
-                ready.append((q, sample))
+                if sample.clip and sample.clip.damage:
+                    print(f"\n{q.media}: {sample.clip.damage}", flush=True)
+                ready.append((q, controlled(config, sample)))
         if ready:
             yield ready
+
+
+def controlled(config: Config, sample: Any) -> Any:
+    """Return a sample with its frames as --frames_order and --frames_shown want them."""
+    if config.frames_order == "shuffled":
+        from methods import shuffled
+        return shuffled(sample, f"{config.seed}/evaluate")
+    if config.frames_shown == "one":
+        clip, i = sample.clip, len(sample.clip.times) // 2
+        return replace(sample, clip=replace(clip, frames=clip.frames[i:i + 1],
+                                            times=clip.times[i:i + 1], indices=(clip.indices[i],)))
+    return sample
 
 
 class Asked:
@@ -267,7 +343,11 @@ class Asked:
         self.config = config
         self.student = Student.load(config.model, device, dtype, config.attention, trainable=False,
                                     cuda_graphs=config.cuda_graphs)
-        self.prompts = data.Prompts(self.student.processor, wording(config))
+        words = DIRECT if config.direct else wording(config)
+        self.prompts = data.Prompts(self.student.processor, words)
+        require(not (config.direct and self.prompts.opened), f"--direct: the chat template of "
+                f"{config.model} begins every response with {self.prompts.opened.strip()}: it "
+                "always reasons")
         self.student.text = self.prompts.text
         self.sampling = ffr.Sampling(config.max_completion, config.temperature, config.top_p, 0.5)
         self.prompts.refuse_long([sample_of(q) for q in questions], config.max_prompt,
@@ -278,20 +358,23 @@ class Asked:
         """Answer each question once, a batch at a time, and write it down."""
         import ffr
         key = f"{self.config.seed}/evaluate"
-        for part in decoded(self.loader, questions, self.config.batch, write):
+        config = self.config
+        for part in decoded(config, self.loader, questions, config.batch, write):
             groups = [ffr.Group(sample, self.prompts.prefix(sample)) for _, sample in part]
             cache = self.student.prefill([group.prefix for group in groups])
-            ffr.find(self.student, cache, groups, self.prompts.header, unscored, None, key, 1,
-                     self.sampling)
+            ffr.find(self.student, cache, groups, self.prompts.header, unscored, None, key,
+                     config.tries, self.sampling)
             for (q, _), group in zip(part, groups):
-                first = group.slots[0].first
-                write(q, first.text, tokens=len(first.ids_C), finished=first.finished)
+                first, *others = (slot.first for slot in group.slots)
+                right = [passed("own", q, one.text) for one in (first, *others) if others]
+                write(q, first.text, tokens=len(first.ids_C), finished=first.finished,
+                      **{"right": sum(right)} if others else {})
 
     def repair(self, guide: Any, questions: list[Question], answers: dict, write: Callable) -> None:
         """Answer each again with the teacher's (guide's) patch to its answer; an upper bound."""
         import ffr
         config, key = self.config, f"{self.config.seed}/evaluate"
-        for part in decoded(self.loader, questions, config.batch, lambda q, error: None):
+        for part in decoded(config, self.loader, questions, config.batch, lambda q, error: None):
             asked = [guide.submit(sample, answers[q.id]["text"]) for q, sample in part]
             groups = [ffr.Group(sample, self.prompts.prefix(sample),
                                 [ffr.Slot(None, diagnosis)])
@@ -368,10 +451,10 @@ class Asker:
         self.api = Messages(who, config.api_url, timeout=180.0, cache=api_cache(config),
                             price=config.api_price, budget=config.api_budget, url_flag="--api_url")
 
-    def ask(self, content: list[dict], max_tokens: int) -> tuple[str | None, str | int]:
-        """Return (text, output tokens), or (None, reason) where this one request failed."""
+    def ask(self, content: list[dict], max_tokens: int, read: Callable = str) -> tuple:
+        """Return (what `read` finds in the answer, output tokens), or (None, why it has none)."""
         return self.api.ask({"model": self.name, "max_tokens": max_tokens, **self.settings,
-                             "messages": [{"role": "user", "content": content}]})
+                             "messages": [{"role": "user", "content": content}]}, read)
 
     def close(self) -> None:
         """End the client."""
@@ -386,12 +469,12 @@ def answer_by_api(config: Config, questions: list[Question], write: Callable) ->
     import data
     from video import jpeg
     client = Asker(config, config.model.partition(":")[2], "--model anthropic:")
-    template = read_text(config.template) if config.template else data.TEMPLATE
+    template = DIRECT if config.direct else wording(config) or data.TEMPLATE
 
     def ask(pair):
-        q, sample = pair
-        content = []
-        for i, (time, frame) in enumerate(zip(sample.clip.times, sample.clip.frames)):
+        (q, sample), content = pair, []
+        shown = zip(sample.clip.times, sample.clip.frames) if sample.clip else ()
+        for i, (time, frame) in enumerate(shown):
             source = {"type": "base64", "media_type": "image/jpeg", "data": jpeg(frame)}
             content += [{"type": "text", "text": f"frame {i}, {time:.2f} s"},
                         {"type": "image", "source": source}]
@@ -403,7 +486,7 @@ def answer_by_api(config: Config, questions: list[Question], write: Callable) ->
 
     loader, failures = make_loader(config, 28), []
     with closing(loader), ThreadPoolExecutor(REQUESTS) as pool, closing(client):
-        for part in decoded(loader, questions, REQUESTS, write):
+        for part in decoded(config, loader, questions, REQUESTS, write):
             for (q, _), (text, more) in zip(part, pool.map(ask, part)):
                 if text is None:
                     failures.append(more)
@@ -423,20 +506,36 @@ def judge(config: Config, questions: list[Question], answers: dict, known: dict,
         said = (parse_answer(answers[q.id]["text"], fallback=True) or "")[:20_000]
         form, question = (JUDGE_CAPTION, q.accepted[0]) if q.accepted else (JUDGE_OPEN, q.text)
         text = form.format(question=question, answer=q.answer, said=said)
-        return client.ask([{"type": "text", "text": text}], 20)
+        return client.ask([{"type": "text", "text": text}], 20, lambda reply: verdict(q, reply))
 
     with ThreadPoolExecutor(REQUESTS) as pool, closing(client):
-        for q, (reply, reason) in zip(open_ones, pool.map(ask, open_ones)):
-            if reply is None:
+        for q, (right, reason) in zip(open_ones, pool.map(ask, open_ones)):
+            if right is None:
                 failures.append(reason)
                 continue
-            if q.accepted:
-                right = choice(reply, split_options(q.accepted[0])[1]) == q.answer
-            else:
-                right = reply.strip().lower().startswith("yes")
-            write({"id": q.id, "verdict": int(right), "of": digest(answers[q.id]["text"]),
+            write({"id": q.id, "verdict": right, "of": digest(answers[q.id]["text"]),
                    "judge": config.judge})
     return failures
+
+
+LONE = (r"^[^\w\n]*(?:(?:the|my|final|answer|verdict|is|boxed)[^\w\n]+)*(yes|no)"
+        r"(?=[^\w\n]*$|[*_]* ?[.,;:!(–—-])")
+
+
+def verdict(q: Question, reply: str) -> int | None:
+    """Return a judge's verdict, 1 or 0; None for a reply without a lone yes or no, or option.
+
+    It may stand in any dress, after a thought: "**Yes**", "Answer: no", {"verdict": "yes"}.
+    """
+    said = re.sub(r"<[^<>]*>", " ", reply.rpartition("</think>")[2])
+    if "<think>" in reply and "</think>" not in reply:
+        return None
+    if q.accepted:
+        letter = choice(said, split_options(q.accepted[0])[1])
+        return int(letter == q.answer) if letter or re.search(r"\bnone\b", said, re.I) else None
+    found = re.findall(LONE, said.lower(), re.M)
+    sides = set(re.findall(r"\b(?:yes|no)\b", said.lower()))
+    return int(found[0] == "yes") if found and len(sides) == 1 else None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -445,7 +544,7 @@ def judge(config: Config, questions: list[Question], answers: dict, known: dict,
 
 def answer(config: Config, questions: list[Question]) -> None:
     """Ask the model what has no answer yet; every process its share, whatever the others do."""
-    missing = [q for q in questions if not os.path.exists(q.media)]
+    missing = [q for q in questions if q.media_type and not os.path.exists(q.media)]
     require(len(missing) < len(questions), "not one video was found, such as "
             f"{questions[0].media}: is --video_root {config.video_root} right?")
     device = dtype = None
@@ -455,7 +554,9 @@ def answer(config: Config, questions: list[Question]) -> None:
     known = merged(Path(config.output), "answers")  # before anybody writes: all know the same
     with closing(open_run(config, questions)) if rank() == 0 else nullcontext():
         if missing and rank() == 0:
-            print(f"{len(missing)} of {len(questions)} questions have no video: "
+            tasks = Counter((*q.groups, q.kind)[0] for q in missing).items()
+            print(f"{len(missing)} of {len(questions)} questions have no video ("
+                  + ", ".join(f"{task} {n}" for task, n in tasks) + "): "
                   + ", ".join(f"{q.id} ({q.media})" for q in missing[:30]), file=sys.stderr)
         everyone(None)
         ask_the_rest(config, questions, known, {q.id for q in missing}, device, dtype)
@@ -497,9 +598,9 @@ def patch(config: Config, asked: Asked, guide: Any, mine: list[Question]) -> Non
 
 
 def passed(benchmark: str, q: Question, text: str) -> bool | None:
-    """Return z of Eq. 4: right by the official rule, a number from 0.5; None without a judge."""
+    """Return z of Eq. 4: right by the official rule, graded from 0.5; None without a judge."""
     right = value(benchmark, q, text, "official")
-    return None if right is None else right >= (0.5 if q.kind == "regression" else 1.0)
+    return None if right is None else passes(q, right)
 
 
 def is_api(config: Config) -> bool:
@@ -533,19 +634,22 @@ def predictions(config: Config, questions: list[Question]) -> dict[str, dict]:
 
 
 def output_folder(config: Config) -> str:
-    """Return the folder given, else one named by benchmark, model, frames and seed."""
-    name = re.sub(r"[^\w.-]+", "-", f"{config.benchmark}-{Path(config.model).name}-"
-                                    f"{config.frames}-{config.seed}")
+    """Return the folder given, else one named by benchmark, row of the table and seed."""
+    row = label(replace(config, model=Path(config.model).name))
+    name = re.sub(r"[^\w.-]+", "-", f"{config.benchmark}-{row}-{config.seed}")
     return config.output or f"runs/{name}"
 
 
 def evaluate(config: Config) -> str:
     """Answer and judge what is left to do, then return the run's report ("" but on rank 0)."""
     check(config)
-    questions = load(config)
+    questions = [replace(q, media_type="") if config.blind else q for q in questions_of(config)]
+    require(config.with_patches != "annotated" or any(q.evidence for q in questions),
+            f"--with_patches annotated: not one question of --data {config.data} says where its "
+            "answer is to be seen; --with_patches anthropic asks a teacher")
     if config.predictions:
         run = Run(Path(config.output), SimpleNamespace(**settings(config)), questions,
-                  predictions(config, questions), {}, {} if config.judge else None)
+                  predictions(config, questions), {}, None)
         if config.output:
             with closing(open_run(config, questions)):
                 write_whole(run.folder / "answers.jsonl",
@@ -560,32 +664,64 @@ def evaluate(config: Config) -> str:
     if config.judge:
         def write(row):
             run.verdicts[row["id"]] = row["verdict"]
-            if config.output:
-                append(run.folder / "verdicts.jsonl", row)
+            append(run.folder / "verdicts.jsonl", row)
 
         report_failures("verdict", judge(config, run.questions, run.answers, run.verdicts, write))
-    return report(run)
+    more = [overlap(config.trained_on, questions)] if config.trained_on else []
+    more += [keep_failed(config, run)] if config.keep_failed else []
+    return "\n\n".join([report(run), *more])
+
+
+def keep_failed(config: Config, run: Run) -> str:
+    """Write the rows of --data that no try has answered to --keep_failed, and say how many."""
+    rows, answers = read_rows(config.data), [run.answers.get(q.id) for q in run.questions]
+    if None in answers:
+        return f"{config.keep_failed} is not written: {answers.count(None)} answers are missing"
+    kept = [row for row, q, said in zip(rows, run.questions, answers)
+            if not said.get("right", passed("own", q, said["text"]))]
+    write_whole(Path(config.keep_failed), "".join(json.dumps(row) + "\n" for row in kept))
+    return f"{len(kept)} of {len(rows)} questions got no right answer in {config.tries} tries " \
+           f"without their video: {config.keep_failed}"
+
+
+def conclusion(config: Config) -> tuple[int, str]:
+    """Return how many questions a run has not done with; where it is and what to type next."""
+    if not config.output or not (Path(config.output) / "questions.jsonl").exists():
+        return 0, "nothing is kept" + ": that takes --output FOLDER" * (not config.output)
+    run = read_run(config.output)
+    said = {id for id, row in run.answers.items() if row["text"].strip()}
+    left = sum(bool(config.model and q.id not in run.answers or config.judge and q.judged
+                    and q.id in said - run.verdicts.keys()) for q in run.questions)
+    again = typed(*sys.argv[1:], *["--resume"] * (not config.resume))
+    table_of = f"beside others: python evaluate.py table {config.output} RUN ..."
+    return left, f"{left} of {len(run.questions)} questions in {config.output} lack an answer or " \
+        f"a verdict; to go on: {again}" if left else f"finished: {config.output}; {table_of}"
 
 
 def main(argv: list[str] | None = None) -> None:
     """Evaluate what the command line says, or print a table over runs."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
+    with one_sentence("evaluate.py"):
         if argv[:1] == ["table"]:
-            text = table(argv[1:])
-        else:
-            config, given = parse(Config, argv, __doc__.split("\n\n")[0])
-            check(config)
-            refuse_useless(config, given)
-            text = evaluate(asked_with(config, given) if config.model else config)
+            return print(table(argv[1:]))
+        config, given = parse(Config, argv, __doc__.split("\n\n")[0])
+        check(config)
+        refuse_useless(config, given)
+        require_files(config, "template", "predictions", "trained_on")
+        if config.model:
+            own = {"template"} if config.direct else set()  # not the checkpoint's wording
+            config = asked_with(config, given | own)
+            config = replace(config, output=output_folder(config))
+        try:
+            text = evaluate(config)
+        except (KeyboardInterrupt, OSError) as error:
+            error.add_note(conclusion(config)[1])
+            raise
         if text:
-            print(text)
-    except (ValueError, FileNotFoundError) as error:
-        leave("evaluate.py", error)
-    except OSError as error:
-        leave("evaluate.py", error, BROKEN)
-    finally:
-        end_processes()
+            left, last = conclusion(config)
+            print(text, last, sep="\n\n", flush=True)
+            if left:
+                sys.exit(BROKEN)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """The leak guard: what a patch may not give away, and the audit of a run's patches.
 
     problem = leak(patch, sample, response)    "direct: ..." (the answer), "partial: ...", "unread:
-                                               ..." (not in English) or ""
+                                               ..." (in other letters than Latin) or ""
     problem = await blind_leak(patch, sample, guess, known)    the same by a model without the video
     python guard.py RUN                        leaks, error types, repairs and cost of a run
 
 The paper trusts its prompts to keep answers out of patches (Table 5); the rules here check. They
-know English alone: what is in another language is for the blind test (--blind_test), or refused.
+know English alone: other letters are for the blind test (--blind_test), or refused.
 """
 
 import argparse
@@ -68,11 +68,6 @@ ADVICE = set(  # advice begins with one of these; any other sentence states some
     " watch write zoom".split()
 )
 PERCEIVED = "see notice find spot hear recognise recognize".split()  # "Can you see the planks?"
-LATIN = set(  # common words of Spanish, French, German, Italian and Portuguese, none of English
-    "el los las del una un que por para con su sus es le les du une est et dans pour sur der das"
-    " und den dem ein eine mit von ist nicht il gli che della di em uma os na al se si ne la de en"
-    " lo".split()
-)
 POLAR = ("is are was were do does did has had can isn't aren't wasn't weren't don't doesn't didn't"
          " hasn't can't couldn't won't would wouldn't have").split()
 OPENING = "after at before by during for from if in on once over when while with".split()
@@ -109,7 +104,7 @@ TOLD = {  # what no patch may say, whatever the question
     r"|\bframe #?\d+\b(?! ?(to|and|through|until|,|-|–) ?(frame )?\d)",
     "partial: tells of somebody": r", (who|which|whose) (?!of\b)",
 }
-STATED, UNREAD = "partial: states what is to be seen", "unread: not in English"
+STATED, UNREAD = "partial: states what is to be seen", "unread: not in Latin letters"
 
 
 @functools.cache
@@ -165,19 +160,9 @@ def leak(patch: Patch, sample: Any, response: str) -> str:
     told = [what for what, pattern in TOLD.items() if re.search(pattern, text)]
     direct = [what for what in told if what.startswith("direct")]
     found = [*direct, tells_answer(text, sample, response), _tells_place(patch, sample), *told]
-    stated = UNREAD if foreign(text) else STATED if states(guidance) else ""
+    unread = re.search(r"[^\W\d_\u0000-\u024f]{2}", text)  # letters that English does not have
+    stated = UNREAD if unread else STATED if states(guidance) else ""
     return next(filter(None, found), stated)
-
-
-def foreign(text: str) -> bool:
-    """Return whether a clause is in another language than English, as far as a rule can tell."""
-    def other(clause):
-        heads = re.findall(r"[^\W\d_]+", clause)
-        known = sum(word in EMPTY or word in ADVICE for word in heads)
-        return sum(word in LATIN for word in heads) > known
-
-    return bool(re.search(r"[^\W\d_\u0000-\u024f]{2}", text)) or any(
-        map(other, re.split(r"[.;!?:]\s+", text)))
 
 
 def _bare(text: str) -> str:
@@ -287,48 +272,38 @@ def asked_text(sample: Any) -> str:
     return f"Question: {plain(sample.question, 4000)}{options}"
 
 
-async def blind_leak(patch: Patch, sample: Any, guess: Callable, known: dict) -> str:
+async def blind_leak(patch: Patch, sample: Any, guess: Callable) -> str:
     """Ask for the answer without the video, with and without the patch; return what it gives away.
 
     Refused if the patch brings more right answers than guessing and at least half of the k replies
     more than none brings: a model's habit of saying "yes" is then no leak.
-    guess(text) -> k replies; known: tasks of the replies without a patch by sample id, filled in
-    here, so that a question is asked once. All is asked in one batch.
+    guess(text) -> k replies; all is asked in one batch.
     """
-    prompt = "You cannot see the video. Reply with your answer alone; guess if you must.\n"
+    asked = "You cannot see the video. Reply with your answer alone; guess if you must.\n"
+    asked += asked_text(sample)
 
-    async def right(hint):
-        replies = await guess(prompt + asked_text(sample) + hint)
-        return sum(_gives_answer(plain(reply, 200), sample) for reply in replies), len(replies)
+    def right(reply):
+        said = plain(reply, 200)
+        told = tells_answer(spelled(said), sample, "").startswith("direct")
+        return told or said.strip("(). ").upper() == sample.answer.strip("(). ").upper()
 
-    task = known.get(sample.id)
-    if task is None or task.done() and (task.cancelled() or task.exception()):
-        task = known[sample.id] = asyncio.ensure_future(right(""))
-    (hits, k), (before, _) = await asyncio.gather(right(render(patch, "text")),
-                                                  asyncio.shield(task))
-    chance = 1 / len(sample.options) if sample.options else 0.1
+    replies = await asyncio.gather(guess(asked + render(patch, "text")), guess(asked))
+    hits, before = (sum(map(right, some)) for some in replies)
+    k, chance = len(replies[0]), 1 / len(sample.options) if sample.options else 0.1
     seen = hits > k * chance and hits - before >= max(1, k / 2)
     return "blind test: the answer can be told from the patch alone" if seen else ""
-
-
-def _gives_answer(said: str, sample) -> bool:
-    told = tells_answer(spelled(said), sample, "").startswith("direct")
-    return told or said.strip("(). ").upper() == sample.answer.strip("(). ").upper()
 
 
 # --- the audit of a run ---------------------------------------------------------------------------
 
 LEAKS = ("direct", "partial", "unread")  # what the rules find, and what they cannot read
-SAID = ("status", "reason")  # what each line of patches.jsonl says; those with a patch say also
-SAID_OF_PATCH = ("error_type", "query_kind", "guidance", "key_frames", "times", "question",
-                 "options", "answer")
+SAID = "status reason".split()  # by each line of patches.jsonl; by those with a patch also:
+SAID_OF_PATCH = "error_type query_kind guidance key_frames times question options answer".split()
 
 
 def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """Return the 95 % Wilson interval of the share k / n."""
-    if n == 0:
-        return 0.0, 1.0
-    middle, spread = k + z * z / 2, z * math.sqrt(k * (n - k) / n + z * z / 4)
+    middle, spread = k + z * z / 2, z * math.sqrt(k * (n - k) / max(n, 1) + z * z / 4)
     return max(0.0, (middle - spread) / (n + z * z)), min(1.0, (middle + spread) / (n + z * z))
 
 
@@ -377,14 +352,14 @@ def audit(rows: list[dict], price: str = "") -> dict:
 def diagnoses(path: Path) -> list[dict]:
     """Return the lines of a patches.jsonl; ValueError where there are none or one is none."""
     whole = path.read_bytes() if path.exists() else b""
-    rows = [_parsed(line, f"{path}, line {number},") for number, line in
-            enumerate(whole.split(b"\n")[:-1], 1)]  # what a kill has torn has no end
-    if not rows:
-        raise ValueError(f"{path} holds no diagnoses: in this run nobody was asked for a patch")
-    for number, row in enumerate(rows, 1):
-        needed = SAID + (SAID_OF_PATCH if row.get("status") == "patched" else ())
+    rows = []
+    for number, line in enumerate(whole.split(b"\n")[:-1], 1):  # what a kill has torn has no end
+        rows.append(row := _parsed(line, f"{path}, line {number},"))
+        needed = SAID + (SAID_OF_PATCH if row.get("status") == "patched" else [])
         if missing := [name for name in needed if name not in row]:
             raise ValueError(f"{path}, line {number}, is no diagnosis: it has no {missing[0]}")
+    if not rows:
+        raise ValueError(f"{path} holds no diagnoses: in this run nobody was asked for a patch")
     return rows
 
 

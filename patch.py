@@ -8,7 +8,6 @@ A patch says what kind of error was made and where to look again, never what is 
     images = patch_images(patch, frames, "frames")    what it is shown again
     alignment(rationale, patch)                   whether it then refers to the evidence
     patch_from_evidence(sample, response)         a patch without any teacher model
-    outside_clip(sample)                          what is wrong with the evidence's seconds
 
 Departs from the paper: one error type per patch.
 
@@ -169,7 +168,12 @@ def alignment(text: str, patch: Patch) -> float:
     ("top left") when it holds the region's centre. What stands inside <answer> is no rationale.
     """
     rationale = re.sub(r"<answer>.*?(</answer>|$)", " ", text, flags=re.S | re.I)
-    return float(names_range(rationale, patch) or _names_region(rationale, patch))
+    boxes = [tuple(map(float, numbers)) for numbers in _BOX.findall(rationale)]
+    corners = {(v.lower() in ("top", "upper"), s.lower()) for v, s in _CORNER.findall(rationale)}
+    return float(names_range(rationale, patch) or any(
+        (y1 + y2 < 1, "left" if x1 + x2 < 1 else "right") in corners
+        or any(_iou(box, (x1, y1, x2, y2)) >= 0.5 for box in boxes)
+        for x1, y1, x2, y2 in patch.regions))
 
 
 def names_range(rationale: str, patch: Patch) -> bool:
@@ -183,17 +187,6 @@ def names_range(rationale: str, patch: Patch) -> bool:
             if overlaps and high - low + slack <= 2 * (last - first + slack):
                 return True
     return False
-
-
-def _names_region(rationale: str, patch: Patch) -> bool:
-    """Return whether a box or a corner in the text is one of the patch's regions."""
-    boxes = [tuple(map(float, numbers)) for numbers in _BOX.findall(rationale)]
-    corners = {(v.lower() in ("top", "upper"), s.lower()) for v, s in _CORNER.findall(rationale)}
-    return any(
-        (y1 + y2 < 1, "left" if x1 + x2 < 1 else "right") in corners
-        or any(_iou(box, (x1, y1, x2, y2)) >= 0.5 for box in boxes)
-        for x1, y1, x2, y2 in patch.regions
-    )
 
 
 def _iou(a, b) -> float:
@@ -250,37 +243,31 @@ def outside_clip(sample: Any) -> str:
     seconds mean nothing.
     """
     clip = sample.clip
-    first, last = clip.times[0], clip.times[-1]
-    for start, end in ((e.start, e.end) for e in sample.evidence if len(clip.times) > 1):
-        if first <= start and end <= last:
-            continue
-        slack = max(LATE, 1 / clip.fps)
-        if end < first or start > clip.duration or end > clip.duration + slack:
+    first, last = clip.times[0], clip.duration
+    for e in sample.evidence if len(clip.times) > 1 else ():
+        if e.end < first or e.start > last or e.end > last + max(LATE, 1 / clip.fps):
             shown = f"from {first:.1f} s to" if first else "of"
-            return (f"evidence from {start:.10g} s to {end:.10g} s lies outside the clip "
-                    f"{shown} {clip.duration:.1f} s")
+            return (f"evidence from {e.start:.10g} s to {e.end:.10g} s lies outside the clip "
+                    f"{shown} {last:.1f} s")
     return ""
 
 
 def patch_from_evidence(sample: Any, response: str) -> Patch:
     """Return the sample's `evidence` annotation as the patch for a failed response.
 
-    ValueError where the evidence lies outside the clip: its patch would show other frames.
+    It is for evidence within the clip: see `outside_clip`.
     error type   misconception: no answer to be read in the response; spatial: the evidence has a
                  box and the response names the right range (or there is one image only);
                  temporal: all else
     """
-    if problem := outside_clip(sample):
-        raise ValueError(problem)
-    times = sample.clip.times
-    span = min(e.start for e in sample.evidence), max(e.end for e in sample.evidence)
-    key_frames = key_range(times, *span)
+    times, evidence = sample.clip.times, sample.evidence
+    key_frames = key_range(times, min(e.start for e in evidence), max(e.end for e in evidence))
     seconds = (times[key_frames[0]], times[key_frames[1]]) if key_frames else None
     kind = query_kind(sample.question)
-    guidance = " ".join([WHERE_TO_LOOK[kind], *(e.note for e in sample.evidence)])
-    boxes = tuple(e.box for e in sample.evidence if e.box)
+    guidance = " ".join([WHERE_TO_LOOK[kind], *(e.note for e in evidence)])
+    boxes = tuple(e.box for e in evidence if e.box)
     patch = Patch("temporal", kind, guidance, key_frames, seconds, regions=boxes)
-    if not re.search(r"<answer>\s*\S.*?</answer>", response, re.S | re.I):
+    if not answer_in(response):
         return replace(patch, error_type="misconception")
     if boxes and (key_frames is None or names_range(response, patch)):
         return replace(patch, error_type="spatial")

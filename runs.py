@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -22,6 +23,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -83,6 +85,14 @@ def require_positive(config: Any, *names: str) -> None:
         require(value > 0, f"--{name} must be positive, got {value}")
 
 
+def require_files(config: Any, *names: str) -> None:
+    """Raise ValueError that names the first of these flags that is given and no file to read."""
+    for name, path in ((name, getattr(config, name)) for name in names if getattr(config, name)):
+        require(os.path.exists(path), f"--{name} {path}: there is no such file")
+        require(not os.path.isdir(path), f"--{name} {path} is a folder, not a file")
+        require(os.access(path, os.R_OK), f"--{name} {path} may not be read")
+
+
 def changed(config: Any) -> str:
     """Return the flags that are not at their defaults, as one would type them."""
     values = {f.name: getattr(config, f.name) for f in fields(config)
@@ -135,6 +145,9 @@ def start_processes(dtype: str, cuda_graphs: bool = False, trains: bool = False,
         torch.cuda.set_device(device)
     if "RANK" in os.environ:  # a rank whose torchrun was killed is to stop as well
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # and one whose torchrun is gone
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        socket.create_connection(place, timeout=60).close()  # the rendezvous would wait for hours
     name = ("bfloat16" if cuda else "float32") if dtype == "auto" else dtype
     backend = "nccl" if cuda else "gloo"
     if "RANK" in os.environ and not dist.is_initialized():
@@ -165,17 +178,49 @@ REFUSED, BROKEN = 2, 1  # exit codes; stopped by a signal: 128 and its number
 SAME_STOP = 2.0  # seconds within which signals are one request to stop
 
 
-def leave(command: str, error: Any, code: int = REFUSED) -> None:
-    """End the process with one sentence; of several that would say the same, one says it."""
-    sentence, first = f"{command}: {error}", True
+def leave(command: str, error: Any) -> None:
+    """End the process with one sentence, an error's notes behind it, and the exit code it has.
+
+    Of several processes that would say the same, one says it.
+    """
+    stopped = isinstance(error, KeyboardInterrupt)
+    notes = getattr(error, "__notes__", ["the same command begins anew"] if stopped else [])
+    sentence = "; ".join([f"{command}: {'stopped' if stopped else error}", *notes])
+    refused, first = isinstance(error, (str, ValueError, FileNotFoundError)), True
     if _store:
         with suppress(RuntimeError):  # the process that kept the store may be gone
             first = _store[0].add(sentence, 1) == 1
     elif rank() > 0:
         time.sleep(10)  # the first process says it; then torchrun ends this one
     if first:
-        print(sentence, file=sys.stderr, flush=True)
-    sys.exit(code)
+        print("\n" * stopped + sentence, file=sys.stderr, flush=True)  # behind a bar
+    number = (error.args or (signal.SIGINT,))[0] if stopped else 0
+    sys.exit(128 + number if stopped else REFUSED if refused else BROKEN)
+
+
+def interrupt(number: int, frame: Any) -> None:
+    """Handle a signal as Python does Ctrl-C."""
+    raise KeyboardInterrupt(number)
+
+
+@contextmanager
+def one_sentence(command: str):
+    """Let whatever ends the block, SIGTERM too, end the command as `leave` does."""
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
+        leave(command, error)
+    finally:
+        end_processes()
+        signal.signal(signal.SIGTERM, before)
+
+
+def typed(*flags: str) -> str:
+    """Return the command with these flags, as one would type it."""
+    local = os.environ.get("LOCAL_WORLD_SIZE")
+    launch = f"torchrun --nproc_per_node {local}" if local else "python"
+    return f"{launch} {shlex.join([sys.argv[0], *flags])}"
 
 
 class Stopper:
@@ -191,7 +236,7 @@ class Stopper:
 
     def _ask(self, number, frame):
         if self.asked and time.monotonic() - self.since > SAME_STOP:
-            sys.exit(128 + number)
+            interrupt(number, frame)
         if not self.asked:
             self.asked, self.since = number, time.monotonic()
 
@@ -243,10 +288,24 @@ def peak_memory(device: Any) -> float:
 LINE_SEPARATORS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}  # for str.splitlines
 
 
-def append(path: str | Path, row: dict) -> None:
-    """Add one object to a JSONL file; several processes may do so at once."""
-    with open(path, "ab", buffering=0) as file:
-        file.write(json_line(row))
+def append(path: Path, row: dict | str) -> None:
+    """Add an object to a JSONL file, or text to another; OSError where that cannot be."""
+    data = json_line(row) if isinstance(row, dict) else row.encode("utf-8", "backslashreplace")
+    try:
+        with open(path, "ab", buffering=0) as file:
+            while data:  # a disk that gets full takes a part first
+                data = data[file.write(data):]
+    except OSError as error:
+        raise unwritten(path.name, path.parent, error) from error
+
+
+def unwritten(what: str, folder: Path, error: BaseException) -> OSError:
+    """Return the error that says what could not be written, where, why, and what room there is."""
+    first = error.__cause__ if isinstance(error.__cause__, OSError) else error
+    why = getattr(first, "strerror", None) or str(first).strip().split("\n")[-1]
+    free = shutil.disk_usage(folder).free / 2**30
+    return OSError(f"{what} could not be written to {folder} ({why}); {free:.1f} GiB are free "
+                   "there; what was saved before is whole")
 
 
 def json_line(row: dict) -> bytes:
@@ -282,7 +341,7 @@ def _decoded(data, path):
         raise ValueError(f"{path}, line {line}, is not UTF-8 text") from None
 
 
-def cut(path: Path, last: int) -> None:
+def cut(path: Path, last: float) -> None:
     """Drop a log's lines of steps after `last`, and a last line that was torn by a kill."""
     if path.exists():
         rows = zip(_whole_lines(path), read_log(path))
@@ -291,9 +350,13 @@ def cut(path: Path, last: int) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is complete under its name, or absent; one process at a time may do so."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.unlink(missing_ok=True)
+        append(partial, text)
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_rows(path: str | Path) -> list:
@@ -326,10 +389,10 @@ def read_folders(root: str | Path) -> dict[str, Path]:
     root = Path(root)
     if root.is_dir():
         return {"": root}
-    require(root.is_file(), f"the video root {root} does not exist")
+    require(root.is_file(), f"--video_root {root}: there is no such folder or file")
     folders = read_json(root)
     require(isinstance(folders, dict) and all(isinstance(v, str) for v in folders.values()),
-            f"the video root {root} is neither a folder nor JSON from data_source to folder")
+            f"--video_root {root} is neither a folder nor JSON from data_source to folder")
     return {source: root.parent / folder for source, folder in folders.items()}
 
 
@@ -352,6 +415,30 @@ def parse_json(text: str, where: Any) -> Any:
 
 # ---------------------------------------------------------------------------------------------
 # What a run says of its steps
+
+
+def measure(groups: list) -> dict[str, list]:
+    """Return what a step did as name -> [sum, count], so that ranks add up before dividing."""
+    slots = [slot for group in groups for slot in group.slots if not slot.off_policy]
+    repaired = [slot for slot in slots if slot.repair is not None]
+    mended = sum(slot.repair.correct for slot in repaired)
+    totals = {
+        "reward": [sum(slot.reward for slot in slots), len(slots)],
+        "accuracy": [sum(slot.first.accuracy for slot in slots), len(slots)],
+        "format": [sum(slot.first.format for slot in slots), len(slots)],
+        "intervention_ratio": [len(repaired), len(slots)],
+        "repair_rate": [mended, len(repaired)],
+        "chosen_accuracy": [sum(slot.chosen.accuracy for slot in slots), len(slots)],
+        "alignment": [sum(slot.alignment for slot in repaired), len(repaired)],
+        "advantage_zero_fraction": [sum(slot.advantage == 0 for slot in slots), len(slots)],
+        "completion_length": [sum(len(slot.chosen.ids_C) for slot in slots), len(slots)],
+        "finished": [sum(slot.chosen.finished for slot in slots), len(slots)],
+    }
+    for slot in repaired:
+        kind = slot.patch.error_type
+        right, seen = totals.get(f"repair_rate/{kind}", [0, 0])
+        totals[f"repair_rate/{kind}"] = [right + slot.repair.correct, seen + 1]
+    return totals
 
 
 def metrics(step: int, ranks: list[dict]) -> dict:
@@ -449,15 +536,13 @@ class Folder:
             require(resume or not (path / marker).exists(),
                     f"--output {path} already holds a run: add --resume to go on with it, or name "
                     "another folder")
-        except BlockingIOError:
+        except (OSError, ValueError) as error:
             self.close()
-            raise ValueError(f"--output {path} is in use by another command") from None
-        except OSError as error:
-            self.close()
-            raise ValueError(f"--output {path} cannot be used: {error.strerror}") from None
-        except ValueError:
-            self.close()
-            raise
+            if isinstance(error, ValueError):
+                raise
+            why = "is in use by another command" if isinstance(error, BlockingIOError) else \
+                f"cannot be used: {error.strerror}"
+            raise ValueError(f"--output {path} {why}") from None
 
     @classmethod
     def numbered(cls, stem: str, marker: str) -> "Folder":
@@ -485,6 +570,7 @@ class Folder:
 
 
 ASKED_WITH = "frames", "max_pixels", "max_image_pixels", "max_completion"
+POSITIONS = "as in vLLM; transformers 5.3 and later differ on long videos (docs/data.md)"
 
 
 def check_model(path: str) -> None:
@@ -527,11 +613,15 @@ def wording(config: Any) -> str | None:
 
 @contextmanager
 def waiting_for(path: Path):
-    """Hold a folder in the block; wait while another command holds it."""
+    """Hold a folder in the block; wait while another command holds it, and say so."""
     path.mkdir(parents=True, exist_ok=True)
     lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another command, which is at work on {path}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
         os.close(lock)
@@ -598,11 +688,9 @@ def save(run: Any) -> None:
     try:
         _write_checkpoint(run, partial)
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
-        free, why = shutil.disk_usage(run.output).free, str(error).strip().split("\n")[-1]
+        failure = unwritten(f"the checkpoint of step {run.step}", run.output, error)
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"the checkpoint of step {run.step} could not be written to {folder.parent} "
-                      f"({why}); {free / 2**30:.1f} GiB are free there; what was saved before is "
-                      "whole") from error
+        raise failure from error
     if rank() == 0:
         partial.rename(folder)
         for old in _checkpoints(run.output)[:-run.config.keep_checkpoints]:
@@ -622,8 +710,8 @@ def _write_checkpoint(run, partial):
     run.student.save(partial, run.dtype)
     if rank() == 0:
         saved = {name: getattr(run.config, name) for name in ASKED_WITH}
-        write_whole(partial / "student.json",
-                    json.dumps(saved | {"template": wording(run.config)}, indent=1))
+        saved |= {"template": wording(run.config), "positions": POSITIONS}
+        write_whole(partial / "student.json", json.dumps(saved, indent=1))
     with _alone():
         dcp.save(_training_state(run), no_dist=not dist.is_initialized(),
                  checkpoint_id=partial / "training_state")
@@ -728,9 +816,10 @@ def resume(run: Any) -> None:
 
 def cut_logs(run: Any) -> None:
     """Drop what a run's logs say of steps that are still to be made."""
-    for name in ("metrics", "patches", "bad_samples"):
-        cut(run.output / f"{name}.jsonl", run.step - 1)
-    cut(run.output / "eval.jsonl", run.step)  # evaluated after so many steps
+    for name, last in (("metrics", run.step - 1), ("patches", run.step - 1),
+                       ("eval", run.step),  # evaluated after so many steps
+                       ("bad_samples", math.inf)):  # none is noted twice
+        cut(run.output / f"{name}.jsonl", last)
     if (samples := run.output / "samples.md").exists():
         parts = re.split(r"(?m)^(?=## step \d+, sample )", samples.read_text(encoding="utf-8"))
         kept = [part for part in parts if part and int(part.split()[2].rstrip(",")) < run.step]

@@ -15,10 +15,10 @@ import os
 import re
 import sys
 import threading
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Coroutine, Iterator
+from collections import Counter
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,9 @@ from video import jpeg, originals
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A patch or the reason why there is none; status: patched, refused, failed or budget."""
+    """A patch or the reason why there is none; status: one of ENDS."""
 
-    patch: Patch | None
+    patch: Patch | None  # or what else `ask` brought
     status: str
     reason: str = ""
     input_tokens: int = 0  # the cached ones among them, which cost less
@@ -53,7 +53,8 @@ STATS = (
     "calls patched answered leaks failures over_budget mended requests retries cached tool_calls"
     " input_tokens cache_write_tokens cache_read_tokens output_tokens dollars"
 ).split()
-ENDS = {"patched": "patched", "refused": "leaks", "failed": "failures", "budget": "over_budget"}
+ENDS = {"patched": "patched", "answered": "answered", "refused": "leaks", "failed": "failures",
+        "budget": "over_budget"}  # status: what counts it
 
 
 class Teacher:
@@ -127,8 +128,7 @@ class Annotated(Teacher):
         feedback   whether the answer is right, there, and where the evidence is
         trace      the data's `process` and the gold answer
         """
-        said = re.search(r"<answer>\s*(\S.*?)\s*</answer>", response, re.S | re.I)
-        said = said[1] if said else ""
+        said = answer_in(response)
         right = said.strip("(). ").casefold() == sample.answer.strip("(). ").casefold()
         patch = self._diagnosis(sample, response).patch
         aligned = bool(patch) and alignment(response, patch) == 1
@@ -312,9 +312,13 @@ def _image(data: str) -> dict:
 class BudgetSpentError(ValueError):
     """What may be paid is paid."""
 
+    status_code = 402  # as the errors of servers have
+
 
 class NotMessagesError(ValueError):
     """What was sent is no message of the Messages API."""
+
+    status_code = 405
 
 
 TOKENS = "input_tokens cache_creation_input_tokens cache_read_input_tokens output_tokens".split()
@@ -351,31 +355,13 @@ class Messages:
         self._client = anthropic.AsyncAnthropic(
             api_key=self._key, base_url=re.sub(r"/v1(/messages)?/?$", "", url) or None,
             max_retries=retries, timeout=timeout,
-            http_client=anthropic.DefaultAsyncHttpxClient(
-                event_hooks={"request": [self._sent], "response": [self._received]}))
+            http_client=anthropic.DefaultAsyncHttpxClient(event_hooks={"request": [self._sent]}))
         self._folder = Path(cache) if cache else None
-        with self._keeping():
-            if self._folder:
-                self._folder.mkdir(parents=True, exist_ok=True)
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True, name="teacher").start()
 
     async def _sent(self, request: Any) -> None:
         self.count(retries=int(request.headers.get("x-stainless-retry-count", "0") != "0"))
-
-    async def _received(self, response: Any) -> None:
-        """Bound what is read of a response: of an event stream, which may never end, nothing."""
-        kind, whole = response.headers.get("content-type", ""), response.aiter_bytes
-
-        async def bounded():
-            left = 0 if "event-stream" in kind else MAX_JSON
-            async for part in whole():
-                yield part
-                if (left := left - len(part)) < 0:
-                    break
-            await response.aclose()
-
-        response.aiter_bytes = bounded
 
     def run(self, work: Coroutine) -> Future:
         """Start a coroutine on the event loop, from any thread."""
@@ -413,42 +399,43 @@ class Messages:
         if answer is None:
             self._check_budget()
             answer = await self.request(body)
-            with self._keeping():
-                if path:
-                    aside = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
-                    aside.write_text(json.dumps(answer))
-                    os.replace(aside, path)
+            if path:
+                self._keep(path, json.dumps(answer))
         usage[:] = map(sum, zip(usage, answer["usage"]))
         return answer
 
-    async def request(self, body: dict, retries: int | None = None,
-                      timeout: float | None = None) -> dict:
+    async def request(self, body: dict, hasty: bool = False) -> dict:
         """Return {"content": blocks, "usage": counts as in TOKENS, "stop_reason": text}.
 
         The SDK retries (408, 409, 429, 5xx, lost connections) with backoff, jitter and retry-after;
         the raw body is read here because the SDK builds whatever a server sends without a check.
         It is bounded before it is parsed, and charged before anything can be wrong with it.
-        retries, timeout: where they are other than the client's.
+        hasty: one retry and 30 seconds are enough.
         """
         self.count(requests=1)
-        client, answer = self._client, None
-        if retries is not None:
-            client = client.with_options(max_retries=retries)
-        async with asyncio.timeout(timeout or self._timeout):
-            raw = await client.messages.with_raw_response.create(**body)
-            kind, data = raw.headers.get("content-type", ""), await raw.read()
-        text = self._redacted(data.decode("utf-8", "replace"))
+        client = self._client.with_options(max_retries=1) if hasty else self._client
+        data = b""
+        async with (asyncio.timeout(30.0 if hasty else self._timeout),
+                    client.messages.with_streaming_response.create(**body) as raw):
+            if "event-stream" in raw.headers.get("content-type", ""):  # which may never end
+                raise NotMessagesError("no message but an event stream")
+            async for part in raw.iter_bytes():
+                data += part
+                if len(data) > MAX_JSON:
+                    break
+        text = self._redacted(data.decode("utf-8", "replace")).lstrip()
         try:
-            answer, problem = read_json(text), "no message"
+            answer, problem = read_json(text), ""
         except ValueError as error:
-            problem = f"no message: {error}"
+            answer, problem = None, f": {error}"
         answer = answer if isinstance(answer, dict) else {}
-        usage = self._charge(answer.get("usage"), body) if text.lstrip()[:1] == "{" else []
+        usage = self._charge(answer.get("usage"), body) if text.startswith("{") else []
         if not isinstance(answer.get("content"), list):
             what = "an OpenAI-style answer" if "choices" in answer else "a web page" if \
-                text.lstrip()[:1] == "<" else "an event stream" if "event-stream" in kind or \
-                text[:6] in ("event:", "data: ") else ""
-            raise NotMessagesError(f"no message but {what}") if what else ValueError(problem)
+                text.startswith("<") else "an event stream" if \
+                text.startswith(("event:", "data:")) else ""
+            raise NotMessagesError(f"no message but {what}") if what else \
+                ValueError(f"no message{problem}")
         self.answered = self.loop.time()
         blocks = [b for b in answer["content"]
                   if isinstance(b, dict) and isinstance(b.get("type"), str)]
@@ -461,9 +448,9 @@ class Messages:
         """
         text, images = re.subn(r'"data": "[^"]*"', "", json.dumps(body))
         most = [len(text) + 2000 * (images + 1), 0, 0, body["max_tokens"]]
-        usage = [found.get(name) or 0 for name in TOKENS] if isinstance(found, dict) else most
+        usage = [found.get(name) or 0 for name in TOKENS] if isinstance(found, dict) else []
         if not (all(type(n) is int and n >= 0 for n in usage)
-                and 0 < sum(usage[:3]) <= most[0] and usage[3] <= most[3]) or usage is most:
+                and 0 < sum(usage[:3]) <= most[0] and usage[3] <= most[3]):
             usage = most
             self.say_once("token counts that are missing or cannot be: counted as the most that "
                           "request and answer can hold")
@@ -471,21 +458,26 @@ class Messages:
         dollars = money(usage, self._price)
         self.count(input_tokens=into + write + read, cache_write_tokens=write,
                    cache_read_tokens=read, output_tokens=out, dollars=dollars)
-        if self._folder:
-            with self._keeping(), open(self._folder / "spent.txt", "a") as file:
-                file.write(f"\n{dollars!r}\n")  # a torn line before it ends here
-                file.flush()
-                return usage
-        self._spent += dollars  # this process alone knows
+        line = f"\n{dollars!r}\n"  # a torn line before it ends here
+        if not (self._folder and self._keep(self._folder / "spent.txt", line)):
+            self._spent += dollars  # this process alone knows
         return usage
 
-    @contextmanager
-    def _keeping(self) -> Iterator[None]:
-        """Lose what cannot be written to the cache, and say so once."""
+    def _keep(self, path: Path, text: str) -> bool:
+        """Write a file of the cache whole, or add to its account; say once that it cannot be."""
         try:
-            yield
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".txt":
+                with open(path, "a") as file:
+                    file.write(text)
+            else:
+                aside = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+                aside.write_text(text)
+                os.replace(aside, path)
+            return True
         except OSError as error:
             self.say_once(f"answers cannot be kept in {self._folder}: {error.strerror}")
+            return False
 
     def _check_budget(self) -> None:
         """Raise BudgetSpentError when all that share the cache have paid what may be paid."""
@@ -500,9 +492,9 @@ class Messages:
             flag = self.url_flag.replace("url", "budget")
             raise BudgetSpentError(f"{self.who}: the budget of ${self.budget:g} is spent ({flag})")
 
-    def say_once(self, text: str, what: str = "") -> None:
-        """Say what has gone wrong, the first time only; `close` says how often it did."""
-        what = what or text
+    def say_once(self, text: str) -> None:
+        """Say what has gone wrong, the first of its kind only; `close` says how often it did."""
+        what = ", ".join(text.split(": ")[:2])
         self._told[what] += 1
         if self._told[what] == 1:
             print(text if text.startswith(self.who) else f"{self.who}: {text}", file=sys.stderr)
@@ -516,36 +508,30 @@ class Messages:
         name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         return plain(self._redacted(f"{name}{error}"), 200)
 
-    def silent(self, error: BaseException, since: float) -> bool:
+    def silent(self, error: Exception, since: float) -> bool:
         """Return whether a request failed that began at `since` as all do while a server is out."""
-        import anthropic
-        out = TimeoutError, asyncio.CancelledError, NotMessagesError, anthropic.APIError
-        status = getattr(error, "status_code", 500)
-        return isinstance(error, out) and self.answered < since and (
-            status >= 500 or status in (408, 409, 429))
+        status = status_of(error)
+        return self.answered < since and (status in (0, 405, 408, 409, 429) or status >= 500)
 
     def hopeless(self, error: Exception) -> bool:
         """Return whether all requests will fail as this one did: a wrong key, model or server."""
-        import anthropic
-        return getattr(error, "status_code", 0) in (401, 403, 404, 405) or isinstance(
-            error, (NotMessagesError, anthropic.APIConnectionError)) and self.answered < 0
+        known = 401, 403, 404, *((0, 405) if self.answered < 0 else ())
+        return status_of(error) in known and not isinstance(error, TimeoutError)
 
     def advice(self, error: Exception, model: str) -> str:
         """Return what to do about a server that cannot be used."""
-        import anthropic
-        status, said = getattr(error, "status_code", 0), str(error).lower()
-        if isinstance(error, NotMessagesError) or "not found" in said and "model" not in said:
-            status = 405
+        status, said = status_of(error), str(error).lower()
         advice = {
+            0: f"gives no answer of use: is the server running, and {self.url_flag} right?",
             400: "refuses a setting: see thinking and temperature in teacher.py",
             401: "refuses the key: set ANTHROPIC_API_KEY",
             403: "refuses the key: set ANTHROPIC_API_KEY",
             404: f"knows no model {model}: check its name and {self.url_flag}",
             405: f"is no server of the Messages API: {self.url_flag} needs one with /v1/messages: "
                  "vllm serve from 0.11.1 on, or a proxy like LiteLLM before an OpenAI-style one",
-        }.get(status, f"gives no answer: is the server running, and {self.url_flag} right?"
-              if isinstance(error, anthropic.APIConnectionError) else
-              "cannot be used now: try again later")
+        }
+        status = 405 if "not found" in said and "model" not in said else status
+        advice = advice.get(status, "cannot be used now: try again later")
         return f"{self.who}: {self.url or 'the Anthropic API'} {advice} ({self.why(error)})"
 
     async def told(self, body: dict, usage: list, read: Callable) -> Any:
@@ -578,6 +564,11 @@ class Messages:
             return None, self.why(error)
 
 
+def status_of(error: Exception) -> int:
+    """Return the HTTP status of a failed request; 200 for a damaged answer, 0 where none came."""
+    return getattr(error, "status_code", 200 if isinstance(error, ValueError) else 0)
+
+
 def text_of(answer: dict) -> str:
     """Return all that an answer says in words."""
     return "".join(str(b.get("text") or "") for b in answer["content"] if b["type"] == "text")
@@ -605,7 +596,6 @@ class TeacherConfig:
     analysis: bool = True  # the three prompt blocks
     negative: bool = True
     tools: bool = True  # block and tools
-    guard: bool = True  # off only to measure what the prompts alone let through (Table 5)
     blind_test: int = 0  # answers without the video, with and without the patch; 0: none
     temperature: float | None = 0.2  # low, for the same patch again; sent where a url is given, as
     # Anthropic's API of 2026-10-21 refuses sampling parameters
@@ -635,7 +625,7 @@ class Service(Teacher):
                             config.price, config.budget, self._count, config.url_flag)
         words("stems")  # their import is slow, so not in the first diagnosis
         self._places, self._looking = map(asyncio.Semaphore, (config.concurrency, LOOKING))
-        self._running, self._shown, self._guesses = {}, OrderedDict(), {}
+        self._running, self._asking = {}, {}  # tasks under way: diagnoses; frames and guesses
         self._step_end = self._tried = math.inf  # of this step and of the one last tried
         self._failed = 0  # in a row, without an answer to anybody meanwhile
 
@@ -643,7 +633,14 @@ class Service(Teacher):
 
     def submit(self, sample: Any, response: str) -> Future:
         """Start a diagnosis; the future's result is a Diagnosis."""
-        return self.api.run(self._diagnosed(sample, response))
+        return self.api.run(self._done("patch", sample, response))
+
+    def ask(self, task: str, sample: Any, response: str = "") -> Future:
+        """Ask the model; answers are cached and limited as diagnoses are."""
+        async def told():
+            return (await self._done(task, sample, response)).patch
+
+        return self.api.run(told())
 
     def diagnose_full(self, sample: Any, response: str) -> Diagnosis:
         """Return the diagnosis, however it ends."""
@@ -655,9 +652,9 @@ class Service(Teacher):
         text = _text("Connection check: call submit_patch, guidance 'Look again.', frames 0, 1.")
         image = _image(jpeg(torch.full((3, 56, 56), 128, dtype=torch.uint8)))
         messages = [{"role": "user", "content": [image, text]}]
-        body = self._body(messages, forced=True)
+        body = self._turn(messages, forced=True)
         try:
-            answer = self.api.run(self.api.request(body, retries=1, timeout=30.0)).result()
+            answer = self.api.run(self.api.request(body, hasty=True)).result()
         except Exception as error:  # the error could quote the key
             raise ValueError(self.api.advice(error, self.config.model)) from None
         if not any(block["type"] == "tool_use" for block in answer["content"]):
@@ -670,79 +667,64 @@ class Service(Teacher):
 
     # -- limits and accounts
 
-    async def _once(self, key: tuple, work: Callable) -> tuple:
-        """Do work(usage) within the limits, once for all that ask for it while it is under way.
+    async def _done(self, task: str, sample, response: str) -> Diagnosis:
+        """Diagnose, or do one of TASKS, once for all that ask for it meanwhile; count how it ends.
 
-        Returns (what it brought, how it ended if in nothing, why, token counts for who came first).
+        Who came first has the token counts.
         """
         if not self._running:  # nothing was under way: a new step
             self._step_end = self.api.loop.time() + self.config.step_timeout
-        if first := key not in self._running:
-            task = self._running[key] = asyncio.ensure_future(self._bounded(work))
-            task.add_done_callback(lambda _: self._running.pop(key))
-        *found, usage = await asyncio.shield(self._running[key])
-        return *found, usage if first else [0] * 4
+        key = task, id(sample.clip), sample.id, response
+        first = key not in self._running
+        found, usage = await _shared(self._running, key,
+                                     lambda: self._bounded(task, sample, response))
+        if found.status == "failed":
+            what = "judge's score, the rule's stands in" if task == "judge" else task
+            self.api.say_once(f"no {what}: {found.reason}")
+        into, write, read, out = usage if first else [0] * 4
+        return self._counted(replace(
+            found, input_tokens=into + write + read, cache_write_tokens=write,
+            cache_read_tokens=read, output_tokens=out))
 
-    async def _bounded(self, work: Callable) -> tuple:
-        """Do work within the limits; whatever goes wrong at this boundary is a reason."""
-        usage = [0] * 4
+    async def _bounded(self, task: str, sample, response: str) -> tuple[Diagnosis, list]:
+        """Do a task within the limits; whatever goes wrong at this boundary is a reason.
+
+        In an outage only the first of a step's is tried. Returns the token counts beside it.
+        """
+        usage, start = [0] * 4, None
         try:
             async with asyncio.timeout_at(self._step_end), self._places:
-                return await self._attempt(work, usage), "", "", usage
-        except BudgetSpentError as error:
-            self.api.say_once(f"{error}: it goes on without patches")
-            return None, "budget", "budget spent", usage
-        except TimeoutError:
-            return None, "failed", "time limit", usage
-        except Exception as error:
-            return None, "failed", self.api.why(error), usage
-
-    async def _attempt(self, work: Callable, usage: list) -> Any:
-        """Do work within its own limit; in an outage only one piece of a step's."""
-        if self._failed >= FEW and self._tried == self._step_end:
-            raise ConnectionError("not tried: the server gives no answers")
-        self._tried, start = self._step_end, self.api.loop.time()
-        try:
-            async with asyncio.timeout(self.config.timeout):
-                found = await work(usage)
+                if self._failed >= FEW and self._tried == self._step_end:
+                    return Diagnosis(None, "failed", "not tried: no server answers"), usage
+                self._tried, start = self._step_end, self.api.loop.time()
+                async with asyncio.timeout(self.config.timeout):
+                    work = self._converse if task == "patch" else self._read
+                    found = await work(task, sample, response, usage)
             self._failed = 0
-            return found
-        except (Exception, asyncio.CancelledError) as error:
-            self._failed = self._failed + 1 if self.api.silent(error, start) else 0
-            if self._failed == FEW:
-                self.api.say_once("no answers: from now on each step tries one diagnosis alone, "
-                                  "until it is answered")
-            raise
-
-    async def _diagnosed(self, sample, response: str) -> Diagnosis:
-        """Diagnose once, however many slots ask for the same; count how each of them ends."""
-        found, end, reason, (into, write, read, out) = await self._once(
-            (id(sample.clip), sample.id, response),
-            lambda usage: self._converse(sample, response, usage))
-        diagnosis = replace(found or Diagnosis(None, end, reason), input_tokens=into + write + read,
-                            cache_write_tokens=write, cache_read_tokens=read, output_tokens=out)
-        if diagnosis.status == "failed":
-            self._say("patch", diagnosis.reason)
-        return self._counted(diagnosis)
-
-    def _say(self, what: str, reason: str) -> None:
-        self.api.say_once(f"no {what}: {reason}", f"no {what}, {reason.split(':')[0]}")
+            return found, usage
+        except Exception as error:
+            if start is not None:
+                self._failed = self._failed + 1 if self.api.silent(error, start) else 0
+                if self._failed == FEW:
+                    self.api.say_once("no answers: from now on each step tries one diagnosis "
+                                      "alone, until it is answered")
+            if isinstance(error, BudgetSpentError):
+                self.api.say_once(f"{error}: it goes on without patches")
+                return Diagnosis(None, "budget", "budget spent"), usage
+            reason = "time limit" if isinstance(error, TimeoutError) else self.api.why(error)
+            return Diagnosis(None, "failed", reason), usage
 
     # -- one diagnosis
 
-    async def _converse(self, sample, response: str, usage: list) -> Diagnosis:
+    async def _converse(self, task: str, sample, response: str, usage: list) -> Diagnosis:
         """Talk to the teacher until a patch passes, the looks are used up or it gives up."""
         if sample.clip is None:
             return Diagnosis(None, "failed", "no clip")
-        asked = asked_text(sample)
-        if not self.config.no_gt:
-            asked += f"\nRight answer, for you alone: {plain(sample.answer, 500)}"
-        content = [*await self._frames(sample), _text(asked), _text(_said_by_student(response))]
-        messages = [{"role": "user", "content": content}]
+        messages = await self._asked(task, sample, response)
         last = self.config.rounds if self.config.tools else 1
-        problem, leaks, looks, marks = "no patch submitted", [], 0, []
+        problem, leaks, looks = "no patch submitted", [], 0
         for number in range(1, last + self.config.resubmits + 1):
-            answer = await self.api.call(self._body(messages, forced=number >= last), usage)
+            answer = await self.api.call(self._turn(messages, forced=number >= last), usage)
             content, calls = _echo(answer["content"], number)
             if declined(answer) or not calls and not text_of(answer).strip():
                 problem = DECLINED if declined(answer) else \
@@ -763,11 +745,10 @@ class Service(Teacher):
                 results.append({"type": "tool_result", "tool_use_id": call["id"], "content": result,
                                 "is_error": len(result) == 1})
             rest = "Call submit_patch now." if number + 1 >= last else "Look on or submit_patch."
-            messages.append({"role": "assistant", "content": content})
-            marks.append(_text(rest) | {"cache_control": CACHED})
-            messages.append({"role": "user", "content": [*results, marks[-1]]})
-            if len(marks) > 2:  # an API takes four marks: the frames' and those of the latest turns
-                marks.pop(0).pop("cache_control")
+            messages[-1]["content"][-1].pop("cache_control", None)  # an API takes four marks
+            results.append(_text(rest) | {"cache_control": CACHED})
+            messages += [{"role": "assistant", "content": content},
+                         {"role": "user", "content": results}]
         return Diagnosis(None, *(("refused", leaks[0]) if leaks else ("failed", problem)))
 
     async def _judge(self, sample, response, given, usage) -> tuple[Patch | None, str]:
@@ -776,16 +757,15 @@ class Service(Teacher):
             patch = parse_patch(given, sample.clip.times)
         except ValueError as error:
             return None, f"invalid: {error}"
-        problem = leak(patch, sample, response) if self.config.guard else ""
+        problem = leak(patch, sample, response)
         if self.config.blind_test and problem in ("", UNREAD):
-            problem = await blind_leak(patch, sample, lambda text: self._guess(text, usage),
-                                       self._guesses)
+            problem = await blind_leak(patch, sample, lambda text: _shared(
+                self._asking, text, lambda: self._guess(text, usage)))
         return patch, problem
 
     async def _guess(self, text: str, usage: list) -> list[str]:
         """Return replies to a question without its video, as many as the blind test takes."""
-        body = {"model": self.config.model, "max_tokens": 32, **self._sampling(),
-                "messages": [{"role": "user", "content": [_text(text)]}]}
+        body = self._body([{"role": "user", "content": [_text(text)]}], max_tokens=32)
         calls = [self.api.call(body, usage, tag=n) for n in range(self.config.blind_test)]
         return [text_of(answer) for answer in await asyncio.gather(*calls)]
 
@@ -807,33 +787,10 @@ class Service(Teacher):
             return [_text(self.api.why(error))]
         return [_text(text), *map(_image, images)]
 
-    def ask(self, task: str, sample: Any, response: str = "") -> Future:
-        """Ask the model; answers are cached and limited as diagnoses are."""
-        return self.api.run(self._answered(task, sample, response))
-
-    async def _answered(self, task: str, sample, response: str):
-        """Return the answer to one of TASKS, None where there is none: counted, told once."""
-        told, end, reason, _ = await self._once(
-            (task, id(sample.clip), sample.id, response),
-            lambda usage: self._read(task, sample, response, usage))
-        if end == "failed":
-            self._say("judge's score, the rule's stands in" if task == "judge" else task, reason)
-        self._count(calls=1, **{ENDS.get(end, "answered"): 1})
-        return told
-
-    async def _read(self, task: str, sample, response: str, usage: list):
+    async def _read(self, task: str, sample, response: str, usage: list) -> Diagnosis:
+        """Return the answer to one of TASKS; ValueError where there is none."""
         name, system = TASKS[task]
-        asked = asked_text(sample)
-        if task != "trace" and not self.config.no_gt:
-            asked += f"\nRight answer, for you alone: {plain(sample.answer, 500)}"
-            if not outside_clip(sample):
-                asked += "".join(f"\nEvidence: {e.start:g} s to {e.end:g} s"
-                                 for e in sample.evidence)
-        said = [] if task == "trace" else [_text(_said_by_student(response))]
-        content = [*await self._frames(sample), _text(asked), *said]
-        body = {"model": self.config.model, "max_tokens": self.config.max_tokens,
-                "system": [_text(system)], "messages": [{"role": "user", "content": content}],
-                **self._sampling()}
+        body = self._body(await self._asked(task, sample, response), system=[_text(system)])
 
         def read(text):
             with suppress(ValueError):  # no such object, no number in it
@@ -843,46 +800,50 @@ class Service(Teacher):
                 if task != "judge" and isinstance(told, str) and told.strip():
                     return told.strip() if task == "trace" else plain(told, 1000)
 
-        return await self.api.told(body, usage, read)
+        return Diagnosis(await self.api.told(body, usage, read), "answered")
 
     # -- requests
 
-    async def _frames(self, sample) -> list[dict]:
-        """Return the frames that the student sees, numbered and timed: the same for all a group."""
-        key = id(sample.clip)
-        if key not in self._shown:
-            work = asyncio.to_thread(lambda: [jpeg(frame) for frame in sample.clip.frames])
-            self._shown[key] = sample.clip, asyncio.ensure_future(work)  # clip: keeps its id
-            if len(self._shown) > 16:
-                self._shown.popitem(last=False)
-        images = await asyncio.shield(self._shown[key][1])
+    async def _asked(self, task: str, sample, response: str) -> list[dict]:
+        """Return the first message: the frames, the same for all a group, question and response."""
+        images = await _shared(self._asking, id(sample.clip), lambda: asyncio.to_thread(
+            lambda: [jpeg(frame) for frame in sample.clip.frames]))
         blocks = []
         for index, (time, image) in enumerate(zip(sample.clip.times, images)):
             blocks += [_text(f"frame {index}, {time:.2f} s"), _image(image)]
         blocks[-1]["cache_control"] = CACHED
-        return blocks
+        asked = asked_text(sample)
+        if task != "trace" and not self.config.no_gt:
+            asked += f"\nRight answer, for you alone: {plain(sample.answer, 500)}"
+            if task != "patch" and not outside_clip(sample):
+                asked += "".join(f"\nEvidence: {e.start:g} s to {e.end:g} s"
+                                 for e in sample.evidence)
+        blocks.append(_text(asked))
+        if task != "trace":
+            said = plain(answer_in(response), 500) or "none that can be read"
+            why = plain(ANSWER.sub(" ", response), 6000)
+            blocks.append(_text(f"The student's reasoning: {why}\nThe student's answer: {said}"))
+        return [{"role": "user", "content": blocks}]
 
-    def _sampling(self) -> dict:
-        config, settings = self.config, {}
-        if config.thinking:
-            settings["thinking"] = {"type": config.thinking}
-        if config.url and config.temperature is not None:
-            settings["extra_body"] = {"temperature": config.temperature}
-        return settings
-
-    def _body(self, messages: list, forced: bool) -> dict:
+    def _body(self, messages: list, **more) -> dict:
         config = self.config
-        blocks = ((True, INTRO), (config.analysis, ANALYSIS), (config.negative, NEGATIVE))
-        choice = {"type": "tool", "name": "submit_patch"} if forced else {"type": "any"}
-        return {
-            "model": config.model,
-            "max_tokens": config.max_tokens,
-            "system": [_text(text) for on, text in (*blocks, (config.tools, TOOL_USE)) if on],
-            "tools": [*(LOOK if config.tools else []), SUBMIT],
-            "tool_choice": choice if config.thinking == "disabled" else {"type": "auto"},
-            "messages": messages,
-            **self._sampling(),
-        }
+        body = {"model": config.model, "max_tokens": config.max_tokens, "messages": messages}
+        if config.thinking:
+            body["thinking"] = {"type": config.thinking}
+        if config.url and config.temperature is not None:
+            body["extra_body"] = {"temperature": config.temperature}
+        return body | more
+
+    def _turn(self, messages: list, forced: bool) -> dict:
+        config, choice = self.config, {"type": "any"}
+        blocks = ((True, INTRO), (config.analysis, ANALYSIS), (config.negative, NEGATIVE),
+                  (config.tools, TOOL_USE))
+        if forced:
+            choice = {"type": "tool", "name": "submit_patch"}
+        if config.thinking != "disabled":
+            choice = {"type": "auto"}
+        return self._body(messages, system=[_text(text) for on, text in blocks if on],
+                          tools=[*(LOOK if config.tools else []), SUBMIT], tool_choice=choice)
 
 
 def make_teacher(kind: str, config: TeacherConfig, ping: bool = True) -> Teacher:
@@ -896,6 +857,14 @@ def make_teacher(kind: str, config: TeacherConfig, ping: bool = True) -> Teacher
     if ping:
         service.ping()
     return service
+
+
+def _shared(tasks: dict, key: Any, work: Callable) -> asyncio.Future:
+    """Do work(), once for all that ask for it under the same key while it is under way."""
+    if key not in tasks:
+        tasks[key] = asyncio.ensure_future(work())
+        tasks[key].add_done_callback(lambda _: tasks.pop(key))
+    return asyncio.shield(tasks[key])
 
 
 def _text(text: str) -> dict:
@@ -941,10 +910,3 @@ def _echo(content: list[dict], number: int) -> tuple[list[dict], list[dict]]:
             short = isinstance(given, dict) and len(data) < 5_000
             kept.append(call | {"input": given if short else {}})
     return kept, calls
-
-
-def _said_by_student(response: str) -> str:
-    """Return the student's response for the teacher to read, without its tags."""
-    said = plain(answer_in(response), 500) or "none that can be read"
-    thought = plain(ANSWER.sub(" ", response), 6000)
-    return f"The student's reasoning: {thought}\nThe student's answer: {said}"

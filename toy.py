@@ -268,7 +268,9 @@ def save_student(folder: Path, seed: int, pretrained: bool) -> None:
         model.load_state_dict({name: w.float() for name, w in load_file(WEIGHTS).items()})
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
+    transformers.utils.logging.disable_progress_bar()  # of a file that takes no time
     model.save_pretrained(folder)
+    transformers.utils.logging.enable_progress_bar()
     pixels = dict(patch_size=14, temporal_patch_size=2, merge_size=2,
                   size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56})
     transformers.Qwen2_5_VLProcessor(

@@ -31,12 +31,12 @@ from data import Sample
 from guard import check_money
 from model import Student
 from patch import EVIDENCE_LEVELS, Patch, alignment, outside_clip, patch_images, render
-from runs import (BROKEN, Folder, Phases, Stopper, about, append, asked_with, changed, check_model,
-                  cut_logs, digest,
-                  end_processes, everyone, flag, going_on, leave, metrics, newest_checkpoint, parse,
-                  peak_memory, postfix, rank, read_folders, read_json, read_log, read_rows,
-                  require, require_positive, resume, save, say, start_processes, summary,
-                  waiting_for, wording, world_size, write_whole)
+from runs import (Folder, Phases, Stopper, about, append, asked_with, changed, check_model,
+                  cut_logs, digest, everyone, flag, going_on, measure, metrics, newest_checkpoint,
+                  one_sentence, parse, peak_memory, postfix, rank, read_folders, read_json,
+                  read_log, read_rows, require, require_files, require_positive, resume, save,
+                  say, start_processes, summary, typed, waiting_for, wording, world_size,
+                  write_whole)
 from teacher import STATS, Teacher, TeacherConfig, make_teacher
 from video import MAX_IMAGE_PIXELS, Clip, ClipLoader, FrameCache
 
@@ -45,7 +45,8 @@ from video import MAX_IMAGE_PIXELS, Clip, ClipLoader, FrameCache
 class Config:
     """Every flag of the command line; the defaults are the paper's Table 8."""
     model: str = flag("", "checkpoint folder or hub name; without it, the toy world is trained on")
-    data: str = flag("", "file of questions in Video-R1's format, JSON or JSONL")
+    data: str = flag("", "questions in Video-R1's format, JSON or JSONL; of several files: A,B")
+    samples: int = flag(0, "how many of them to draw by --seed, of those with a file; 0: all")
     video_root: str = flag("", "folder of the media, or a JSON map from data_source to folder")
     eval_data: str = flag("", "held-out questions, answered greedily at the start and the end")
     eval_every: int = flag(0, "steps between further evaluations; 0: at the start and end only")
@@ -131,6 +132,8 @@ class Config:
     dtype: str = flag("auto", "compute type; auto: bfloat16 on CUDA, float32 elsewhere",
                       ("auto", "bfloat16", "float32"))
     cuda_graphs: bool = flag(False, "sample with CUDA graphs (not yet tried on a GPU)")
+    decoder: str = flag("pyav", "what reads videos; decord: refuses those it shows wrongly",
+                        ("pyav", "decord"))
     decode_workers: int = flag(2, "processes of each rank that decode videos")
     decode_seconds: float = flag(60.0, "time limit for decoding one file, in seconds")
     frame_cache: str = flag("", "folder of decoded frames; empty: OUTPUT/frames")
@@ -138,10 +141,15 @@ class Config:
 
 
 # What `python train.py` runs: flags not given on the command line take these.
-TOY_FOLDER = Path("runs/toy")
+TOY_FOLDER, TOY_WARM = Path("runs/toy"), Path("runs/toy/warm")
+TOY_STUDENT = TOY_WARM / "checkpoints/step-000060"
+TOY_WORLD = dict(data=f"{TOY_FOLDER}/train.json", eval_data=f"{TOY_FOLDER}/heldout.json",
+                 video_root=f"{TOY_FOLDER}/videos", template=f"{TOY_FOLDER}/template.txt",
+                 frame_cache=f"{TOY_FOLDER}/frames")
 TOY_SEEN = dict(max_completion=48, frames=16, max_pixels=56 * 56)
-TOY_WARM = dict(method="sft", steps=60, batch_prompts=24, lr=1e-3, warmup_steps=5,
-                max_grad_norm=1.0, save_every=10**6, **TOY_SEEN)
+TOY_WARMING = dict(model=f"{TOY_FOLDER}/model", data=f"{TOY_FOLDER}/warm.json",
+                   output=str(TOY_WARM), method="sft", steps=60, batch_prompts=24, lr=1e-3,
+                   warmup_steps=5, max_grad_norm=1.0, save_every=10**6, **TOY_SEEN)
 TOY = dict(steps=60, batch_prompts=8, lr=4e-4, beta=0.0, save_every=20, **TOY_SEEN)
 EVAL_PROMPTS = 32  # prompts decoded together in an evaluation
 FIRST_STEPS = 3  # after which is said what has gone wrong in all of them
@@ -159,7 +167,7 @@ def check(config: Config) -> None:
     for name in ("steps", "warmup_steps", "weight_decay", "beta", "kappa", "alignment_weight",
                  "dynamic_sampling", "sd_horizon", "sd_topk", "sd_clip", "blind_test", "eval_every",
                  "teacher_budget", "decode_workers", "frame_cache_gb", "seed", "replay_share",
-                 "replay_start", "sd_lambda", "sd_ema"):
+                 "replay_start", "sd_lambda", "sd_ema", "samples"):
         value = getattr(config, name)
         require(value >= 0, f"--{name} must not be negative, got {value}")
     for name, most in (("top_p", 1), ("pass_mark", 1), ("clip_low", 1), ("replay_share", 1),
@@ -169,7 +177,7 @@ def check(config: Config) -> None:
     require(config.frames % 2 == 0,
             f"--frames must be even (temporal patches of two), got {config.frames}")
     require(config.length_low <= config.length_high, "--length_low must not exceed --length_high")
-    require(config.data, "--data is missing: a Video-R1 JSON or JSONL file")
+    require(listed(config.data), "--data is missing: a Video-R1 JSON or JSONL file")
     require(not methods.METHODS[config.method].compares or config.rollouts >= 2,
             "--rollouts must be at least 2: advantages compare a group's rollouts")
     check_money(config.teacher_price, config.teacher_budget, "--teacher")
@@ -196,8 +204,11 @@ class Run:
     def __init__(self, config, device, dtype):
         check(config)
         self.config, self.device, self.dtype = config, device, dtype
-        self.output, self.missing = Path(config.output), []
-        self.samples, self.eval_samples = self._load(config.data), self._load(config.eval_data)
+        for path in listed(config.data):
+            require_files(replace(config, data=path), "data", "eval_data", "template")
+        self.output, self.unusable = Path(config.output), []
+        self.samples, self.drawn = self._drawn(*self._load(listed(config.data)))
+        self.eval_samples = self._load([config.eval_data])[0] if config.eval_data else []
         self.method = methods.METHODS[config.method](config)
         self.teacher = teacher_of(config) if self.method.asks else None
         self.diagnose = self.teacher.submit if self.method.repairs else None
@@ -211,37 +222,60 @@ class Run:
         self.steps = config.steps or max(1, int(config.epochs * len(self.samples)) // per_step)
         self.prefixes, self.prefix_bytes = OrderedDict(), 0
         self.epoch, self.step, self.bad, self.stats = None, 0, 0, {}
-        self.decoded_any, self.wrong = False, set()  # ids of samples with evidence that is wrong
-        files = {name: getattr(config, name) for name in ("data", "eval_data", "template")}
+        files = {name: getattr(config, name) for name in ("eval_data", "template")}
         now = about(files, identity(self.student))
+        now["files"] |= {  # which media there are decides on the order of samples
+            "data": digest(*(Path(path).read_bytes() for path in listed(config.data))),
+            "video_root": digest(*(s.id for s in [*self.samples, *self.eval_samples]))}
         if config.resume:
             self._refuse_other(now)
             resume(self)
+        self.decoded_any = self.step > 0
         if rank() == 0:
             self._start_folder(now)
         everyone(None)
         self.loader = self._loader()
         self.stopper = Stopper()
 
-    def _load(self, path):
-        """Return the samples of a file whose media exist; the others are named and left out."""
-        if not path:
-            return []
-        samples = data.load_samples(read_rows(path), read_folders(self.config.video_root))
-        require(samples, f"{path} holds no samples")
+    def _load(self, paths):
+        """Return samples whose media exist, and all rows by id; the others are named and left out.
+
+        In several files, ids begin with the number of theirs, from 1.
+        """
+        samples, rows_of, folders = [], {}, read_folders(self.config.video_root)
+        for number, path in enumerate(paths, 1):
+            rows, prefix = read_rows(path), f"{number}/" * (len(paths) > 1)
+            found = data.load_samples(rows, folders, prefix)
+            require(found, f"{path} holds no samples")
+            samples += found
+            rows_of |= {sample.id: row for sample, row in zip(found, rows)}
         for sample in samples:
             try:
                 reward.check_gold(sample.kind, sample.answer, sample.options)
             except ValueError as error:
                 raise ValueError(f"sample {sample.id}: {error}") from None
         missing = data.missing_media(samples)
-        require(len(missing) < len(samples), f"{path}: not one media file was found; is "
-                f"--video_root {self.config.video_root!r} right?")
+        root, path = self.config.video_root, ",".join(paths)
+        require(len(missing) < len(samples), f"{path}: not one media file was found, such as "
+                f"{samples[0].media}: " + (f"is --video_root {root} right?" if root else
+                                           "--video_root, the folder of the media, is missing"))
         if missing:
             say(f"{path}: left out of {len(samples)}: {data.missing_sentence(missing)}")
-            self.missing += missing
+            for sample in missing:
+                self.record_bad(sample, "no such file", step=-1)
         absent = {sample.id for sample in missing}
-        return [sample for sample in samples if sample.id not in absent]
+        return [sample for sample in samples if sample.id not in absent], rows_of
+
+    def _drawn(self, samples, rows_of):
+        """Return --samples of the samples, drawn by the seed, and their rows; or all, and none."""
+        config, count = self.config, self.config.samples
+        if not count:
+            return samples, []
+        require(count <= len(samples), f"--samples {count}: only {len(samples)} samples of --data "
+                f"{config.data} have a media file")
+        order = ffr.noise(f"{config.seed}/samples", 1, len(samples))[0].argsort().tolist()
+        drawn = [samples[i] for i in sorted(order[:count])]
+        return drawn, [rows_of[sample.id] | {"problem_id": sample.id} for sample in drawn]
 
     def _count_evidence(self):
         """Refuse FFR whose annotated teacher cannot write a patch: it would be GRPO, unsaid."""
@@ -270,9 +304,13 @@ class Run:
             cut_logs(self)
         if not path.exists():
             self.output.mkdir(parents=True, exist_ok=True)
+            if self.drawn:  # what --data has to be to train on the same ones
+                lines = "".join(json.dumps(row) + "\n" for row in self.drawn)
+                write_whole(self.output / "data.jsonl", lines)
             write_whole(path, json.dumps({**asdict(self.config), "about": now}, indent=1))
-            for sample in self.missing:
-                self.record_bad(sample, "no such file", step=-1)
+        log = read_log(self.output / "bad_samples.jsonl")
+        self.noted = {(row["id"], row["reason"]) for row in log}
+        self.note_bad([self.unusable])
 
     def _loader(self):
         config = self.config
@@ -280,12 +318,20 @@ class Run:
                            int(config.frame_cache_gb * 2**30))
         return ClipLoader(config.frames, config.max_pixels, self.prompts.factor,
                           config.max_image_pixels, config.decode_workers, config.decode_seconds,
-                          cache)
+                          cache, config.decoder)
 
     def record_bad(self, sample: Sample, reason: str, step: int | None = None) -> None:
-        """Note a sample whose file cannot be used."""
+        """Keep a sample whose file cannot be used until the first process writes it down."""
         row = {"step": self.step if step is None else step, "id": sample.id}
-        append(self.output / "bad_samples.jsonl", row | {"media": sample.media, "reason": reason})
+        self.unusable.append(row | {"media": sample.media, "reason": reason})
+
+    def note_bad(self, ranks: list[list[dict]]) -> None:
+        """Write down what every rank has kept, a sample and its reason once a run."""
+        self.unusable = []
+        for row in (row for rows in ranks for row in rows if rank() == 0):
+            if (row["id"], row["reason"]) not in self.noted:
+                self.noted.add((row["id"], row["reason"]))
+                append(self.output / "bad_samples.jsonl", row)
 
     def _load_student(self):
         config = self.config
@@ -352,14 +398,15 @@ class Run:
             ready, reason = self.loader.get(sample)
             if ready is not None:
                 loaded.append(ready)
-                if (wrong := outside_clip(ready)) and sample.id not in self.wrong:
-                    self.wrong.add(sample.id)
+                for wrong in filter(None, (ready.clip.damage, outside_clip(ready))):
                     self.record_bad(sample, wrong)
             else:
                 self.bad += 1
                 self.record_bad(sample, reason)
-                require(self.decoded_any or loaded or self.bad < len(self.samples),
-                        f"not one of {self.bad} files could be read; sample {sample.id}: {reason}")
+                if not (self.decoded_any or loaded or self.bad < len(self.samples)):
+                    self.note_bad([self.unusable])
+                    raise ValueError(f"not one of {self.bad} files could be read; sample "
+                                     f"{sample.id}: {reason}")
         self.decoded_any = self.decoded_any or bool(loaded)
         return loaded
 
@@ -405,6 +452,11 @@ class Run:
         """Return a patch as the segment between question and completion."""
         images = patch_images(patch, sample.clip.frames, self.config.evidence)
         return self.prompts.suffix(render(patch, self.config.evidence), images)
+
+
+def listed(paths: str) -> list[str]:
+    """Return the files of --data A,B; where there is a file of all of that name, it alone."""
+    return [paths] if Path(paths).is_file() else [path for path in paths.split(",") if path]
 
 
 def identity(student: Student) -> str:
@@ -469,7 +521,7 @@ def update(run: Run, groups: list[ffr.Group], phases: Phases) -> dict:
     sums, ratios = {"lr": lr}, Counter()
     for turn in range(config.updates_per_batch):
         with phases("train"):
-            one = backward(run, batches, entropy=turn == 0)
+            one = backward(run, batches, first=turn == 0)
             norm = torch.nn.utils.clip_grad_norm_(run.student.parameters(), config.max_grad_norm)
             norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
             stop_if_broken(run, one.pop("broken"), norm, turn)
@@ -489,21 +541,23 @@ def score(student: Student, batch: ffr.MicroBatch, config: Config, entropy: bool
                    config.temperature, entropy)
 
 
-def backward(run: Run, batches: list[ffr.MicroBatch], entropy: bool) -> dict:
-    """Add up the gradients of the step's loss.
+def backward(run: Run, batches: list[ffr.MicroBatch], first: bool) -> dict:
+    """Add up the gradients of the step's loss; its first update settles what π_old is.
 
     Returns sums over this rank's tokens, and the samples of parts that are not finite.
     """
     config, sums = run.config, {"loss": 0.0, "broken": []}
     for batch in batches:
-        logp_T, entropy_T = score(run.student, batch, config, entropy)
+        logp_T, entropy_T = score(run.student, batch, config, first)
+        mismatch = ffr.settle(batch, logp_T) if first else 0.0
         loss, added = ffr.loss(logp_T, batch, config.clip_low, config.clip_high, config.beta,
                                run.method.surrogate)
         (loss * world_size()).backward()  # FSDP averages over ranks, the objective sums
         if not math.isfinite(loss.item()):
             sums["broken"] += [group.sample.id for group, _ in batch.members]
         if batch.members:  # fillers do not count
-            added |= {"loss": loss.item(), "entropy": entropy_T.sum().item() if entropy else 0.0}
+            added |= {"loss": loss.item(), "mismatch": mismatch,
+                      "entropy": entropy_T.sum().item() if first else 0.0}
             for name, value in added.items():
                 sums[name] = sums.get(name, 0.0) + value
     return sums
@@ -568,12 +622,14 @@ def evaluate(run: Run) -> int:
                 found = (len(slots), sum(slot.first.accuracy for slot in slots),
                          sum(slot.chosen.accuracy for slot in slots))
                 totals = [a + b for a, b in zip(totals, found)]
-    *counts, stops, taught = zip(*everyone((*totals, run.bad - bad, run.stopper.asked,
-                                            run.taught())))
-    n, right, patched, bad = map(sum, counts)
+    *counts, stops, taught, unusable = zip(*everyone((
+        *totals, run.bad - bad, run.stopper.asked, run.taught(), run.unusable)))
+    run.bad = bad  # of training alone, so that a run which repeats no evaluation counts alike
+    n, right, patched, undecodable = map(sum, counts)
+    run.note_bad(unusable)
     if rank() == 0 and not any(stops):
         append(run.output / "eval.jsonl", {
-            "step": run.step, "n": n, "undecodable": bad, "accuracy": right / max(n, 1),
+            "step": run.step, "n": n, "undecodable": undecodable, "accuracy": right / max(n, 1),
             "accuracy_with_patches": patched / max(n, 1) if diagnose else None,
             "teacher": {name: sum(t[name] for t in taught) for name in taught[0]}})
     return max(stops)
@@ -584,26 +640,26 @@ def evaluate(run: Run) -> int:
 
 
 def log(run: Run, groups: list[ffr.Group], sums: dict, phases: Phases) -> tuple[dict, int]:
-    """Write a line of metrics.jsonl for all ranks, this rank's of patches.jsonl, and samples.md.
+    """Write what all ranks did in a step; patches.jsonl goes by rank, prompt and slot.
 
     Returns the metrics, and the number of the signal that asked any rank to stop, else 0.
     """
-    reasons = Counter()
-    for group in groups:
-        for i, slot in enumerate(group.slots):
-            if slot.diagnosis is not None:
-                if slot.patch is None:
-                    reasons[slot.diagnosis.result().reason] += 1
-                append(run.output / "patches.jsonl", patch_row(run.step, group.sample, i, slot))
+    asked = [(group.sample, i, slot) for group in groups for i, slot in enumerate(group.slots)
+             if slot.diagnosis is not None]
+    reasons = Counter(slot.diagnosis.result().reason for *_, slot in asked if slot.patch is None)
     own = [(g.sample, s) for g in groups for s in g.slots if not s.off_policy]
     both = [r for _, slot in own for r in (slot.first, slot.repair) if r is not None]
     ranks = everyone({
-        "totals": ffr.measure(groups), "method": run.method.figures(), "sums": sums,
+        "totals": measure(groups), "method": run.method.figures(), "sums": sums,
         "seconds": phases.all(), "bad": run.bad,
         "sampled": sum(len(rollout.ids_C) for rollout in both), "memory": peak_memory(run.device),
-        "teacher": run.taught(), "stop": run.stopper.asked, "reasons": reasons})
+        "teacher": run.taught(), "stop": run.stopper.asked, "reasons": reasons,
+        "unusable": run.unusable, "patches": [patch_row(run.step, *one) for one in asked]})
     row = metrics(run.step, ranks)
+    run.note_bad([r["unusable"] for r in ranks])
     if rank() == 0:
+        for patch in (patch for r in ranks for patch in r["patches"]):
+            append(run.output / "patches.jsonl", patch)
         append(run.output / "metrics.jsonl", row)
         if run.step % max(1, run.steps // 10) == 0 and own:
             write_sample(run, own)
@@ -615,7 +671,8 @@ def patch_row(step: int, sample: Sample, i: int, slot: ffr.Slot) -> dict:
     diagnosis, repair = slot.diagnosis.result(), slot.repair
     return {"step": step, "sample": sample.id, "slot": i,
             **{name: getattr(diagnosis, name)
-               for name in ("status", "reason", "input_tokens", "output_tokens")},
+               for name in ("status", "reason", "input_tokens", "cache_write_tokens",
+                            "cache_read_tokens", "output_tokens")},
             **(asdict(diagnosis.patch) if diagnosis.patch else {}),
             "question": sample.question, "options": sample.options, "answer": sample.answer,
             "response": slot.first.text, "repaired": repair.correct if repair else None}
@@ -635,8 +692,7 @@ def write_sample(run: Run, slots: list[tuple[Sample, ffr.Slot]]) -> None:
         parts += ["patch", quote(render(slot.patch, run.config.evidence)),
                   f"repair (accuracy {slot.repair.accuracy:g})", quote(slot.repair.text)]
     parts.append(f"reward {slot.reward:.3f}, advantage {slot.advantage:+.3f}")
-    with open(run.output / "samples.md", "a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write("\n\n".join(parts) + "\n\n")
+    append(run.output / "samples.md", "\n\n".join(parts) + "\n\n")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -645,7 +701,7 @@ def write_sample(run: Run, slots: list[tuple[Sample, ffr.Slot]]) -> None:
 
 def train(config: Config, device: torch.device, dtype: torch.dtype) -> int:
     """Run `config` to its end; return 0, or the number of the signal that stopped it first."""
-    folder = None
+    folder = output = None
     if rank() == 0:
         folder = Folder(Path(config.output), "config.json", config.resume) if config.output else \
             Folder.numbered(f"runs/{config.method}", "config.json")
@@ -655,6 +711,10 @@ def train(config: Config, device: torch.device, dtype: torch.dtype) -> int:
         if folder:
             folder.keep()
         return to_the_end(run)
+    except BaseException as error:
+        if output and (Path(output) / "config.json").exists():
+            error.add_note(goes_on(output))
+        raise
     finally:
         if folder:
             folder.close()
@@ -727,36 +787,41 @@ def conclusion(run: Run, stopped: int) -> str:
     bad = read_log(run.output / "bad_samples.jsonl")
     lines = summary(evals, rows) if evals and rows and not stopped else []
     if bad:
-        lines.append(f"{len({row['id'] for row in bad})} samples could not be used: "
+        lines.append(f"{len({row['id'] for row in bad})} samples could not be used as they are: "
                      + str(run.output / "bad_samples.jsonl"))
     if stopped:
-        return "\n".join([*lines, f"stopped after step {run.step}, saved; to go on: python "
-                          f"train.py --resume --output {run.output}"])
+        return "\n".join([*lines, f"stopped after step {run.step}", goes_on(run.output)])
     newest = newest_checkpoint(run.output)
     return "\n".join([*lines, f"finished: {run.output}; to use it: --model {newest}"])
 
 
-def toy_config(config: Config, given: set[str], device: torch.device,
-               dtype: torch.dtype) -> Config:
-    """Return the toy world's settings; make it and its warm student where they are missing."""
-    folder, warm = TOY_FOLDER, TOY_FOLDER / "warm"
-    with waiting_for(folder) if rank() == 0 else nullcontext():
-        if rank() == 0 and not (folder / "heldout.json").exists():
-            say(f"making the toy world in {folder}")
-            toy.make(folder)
-        everyone(None)
-        world = dict(
-            data=str(folder / "train.json"), eval_data=str(folder / "heldout.json"),
-            video_root=str(folder / "videos"), template=str(folder / "template.txt"),
-            frame_cache=str(folder / "frames"))
-        if not (warm / "checkpoints" / f"step-{TOY_WARM['steps']:06d}").exists():
-            say("warming the student up")
-            again = {"output": str(warm), "resume": (warm / "config.json").exists()}
-            source = {"model": str(folder / "model"), "data": str(folder / "warm.json")}
-            if stopped := train(Config(**{**world, **TOY_WARM, **source, **again}), device, dtype):
-                sys.exit(128 + stopped)
-    settings = {**world, **TOY, "model": str(newest_checkpoint(warm))}
+def goes_on(output: str | Path) -> str:
+    """Return what of a run is saved and the command that goes on with it, as one would type it."""
+    newest = newest_checkpoint(output)
+    flags = sys.argv[1:] if Path(output) == TOY_WARM else ["--resume", "--output", str(output)]
+    return (f"{output} is saved up to {newest.name if newest else 'its start'}; to go on: "
+            + typed(*flags))
+
+
+def toy_config(config: Config, given: set[str]) -> Config:
+    """Return the toy world's settings, where a flag was not given."""
+    settings = {**TOY_WORLD, **TOY, "model": str(TOY_STUDENT)}
     return replace(config, **{name: settings[name] for name in settings if name not in given})
+
+
+def make_toy_world(device: torch.device, dtype: torch.dtype) -> None:
+    """Make the toy world and its warm student where they are missing, one command at a time."""
+    with waiting_for(TOY_FOLDER) if rank() == 0 else nullcontext():
+        if rank() == 0 and not (TOY_FOLDER / "heldout.json").exists():
+            say(f"making the toy world in {TOY_FOLDER}")
+            toy.make(TOY_FOLDER)
+        everyone(None)
+        if not TOY_STUDENT.exists():
+            say("warming the student up")
+            begun = (TOY_WARM / "config.json").exists()
+            warming = Config(**TOY_WORLD | TOY_WARMING, resume=begun)
+            if stopped := train(warming, device, dtype):
+                sys.exit(128 + stopped)
 
 
 # What a run may go on with other values of: where files lie, logs, workers, limits of time.
@@ -776,27 +841,24 @@ def last_output(method: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Train what the command line says."""
     config, given = parse(Config, argv, __doc__.split("\n\n")[0])
-    stopped = 0
-    try:
+    with one_sentence("train.py"):
+        toy_run = not config.resume and not config.model
         if config.resume:
             config = replace(config, output=config.output or last_output(config.method))
             config = going_on(config, given, FREE)
-        elif not config.model:
-            require(not config.data, "--data needs --model: without, the toy world is trained on")
+        elif toy_run:
+            require(not given & {"data", "video_root"}, "--data and --video_root need --model: "
+                    "without, the toy world is trained on")
+            config = toy_config(config, given)
         else:
             check_model(config.model)
             config = asked_with(config, given)
         refuse_useless(config, given)
+        check(config)
         device, dtype = start_processes(config.dtype, config.cuda_graphs, trains=True)
-        if not config.model:
-            config = toy_config(config, given, device, dtype)
+        if toy_run:
+            make_toy_world(device, dtype)
         stopped = train(config, device, dtype)
-    except (ValueError, FileNotFoundError) as error:
-        leave("train.py", error)
-    except OSError as error:
-        leave("train.py", error, BROKEN)
-    finally:
-        end_processes()
     if stopped:
         sys.exit(128 + stopped)
 

@@ -107,13 +107,14 @@ def texts_of(run: Run, patched: bool = False) -> dict[str, str]:
 def column(run: Run) -> str:
     """Return the benchmark whose column a run fills; a file of the family's tells by its name.
 
-    A file of one's own, and one of the family's that is none of the eight, has a column of its own.
+    A file of one's own, one of the family's that is none of the eight, and --question_only have
+    columns of their own.
     """
     stem = Path(run.config.data).stem
     if run.config.benchmark == "own":
         return f"own: {stem}"
     if run.config.benchmark != "family":
-        return run.config.benchmark
+        return run.config.benchmark + ", question only" * run.config.question_only
     name = stem.lower()
     return next((b for b in TITLES if b in name), {"eval_lvb": "longvideobench"}.get(name, stem))
 
@@ -206,26 +207,15 @@ def find_runs(folders: Iterable[str]) -> tuple[list[Run], list[Path]]:
 
 
 def by_row(runs: Iterable[Run]) -> Rows:
-    """Return {row's label: {benchmark: {seed: run}}}.
-
-    Runs with --question_only have a column of their own.
-    """
+    """Return {row's label: {benchmark: {seed: run}}}."""
     table = {}
     for run in runs:
-        benchmark = column(run)
-        key = f"{benchmark}, question only" if run.config.question_only else benchmark
-        seeds = table.setdefault(run.config.label, {}).setdefault(key, {})
+        seeds = table.setdefault(run.config.label, {}).setdefault(column(run), {})
         if run.config.seed in seeds:
             raise ValueError(f"{seeds[run.config.seed].folder} and {run.folder} are both "
-                             f"{benchmark} of {run.config.label} with seed {run.config.seed}")
+                             f"{column(run)} of {run.config.label} with seed {run.config.seed}")
         seeds[run.config.seed] = run
     return table
-
-
-def each(rows_: Rows) -> Iterable[tuple[str, str, int, Run]]:
-    """Return label, benchmark, seed and run of all of a table's runs."""
-    return ((label, benchmark, seed, run) for label, columns in rows_.items()
-            for benchmark, seeds in columns.items() for seed, run in seeds.items())
 
 
 def mean_std(xs: Sequence[float]) -> str:
@@ -317,14 +307,14 @@ def comparison(rows_: Rows) -> str:
     return f"### {b} minus {a}\n\n" + markdown(["", "points", "95 % interval", "n"], body)
 
 
-def without_video(rows_: Rows) -> list[list[str]]:
+def without_video(runs: Sequence[Run]) -> list[list[str]]:
     """Return lines of a table: runs beside their student's blind runs, on what both answer.
 
     Shares right with the video, without it, and with it where the blind run was wrong; questions.
     """
-    body = []
-    for label, name, seed, run in each(rows_):
-        blind = rows_.get(run.config.label_blind, {}).get(name, {}).get(seed, run)
+    body, found = [], {(r.config.label, column(r), r.config.seed): r for r in runs}
+    for (label, name, seed), run in found.items():
+        blind = found.get((run.config.label_blind, name, seed), run)
         for convention in CONVENTIONS if blind is not run else ():
             right, told = ({q.id: passes(q, v) for q, v in values(
                 r.config.benchmark, r.questions, texts_of(r), convention, r.verdicts)}
@@ -405,12 +395,13 @@ def table(argv: Sequence[str]) -> str:
              *map(str, tally(run.questions, run.answers).values()),
              *(percent(overall(run, c, questions=some)) for c in CONVENTIONS
                for some in (run.questions, seen(run)))]
-            for label, benchmark, seed, run in each(rows_)]
+            for label, columns in rows_.items() for benchmark, seeds in columns.items()
+            for seed, run in seeds.items()]
     parts.append("### answers\n\n" + markdown(
         ["", *tally([], {}), *(f"{c}{which}" for c in CONVENTIONS
                                for which in ("", ", of those answered"))], body))
     parts += gained_knowledge(rows_)
-    if body := without_video(rows_):
+    if body := without_video(runs):
         parts.append("### with and without the video\n\n" + markdown(
             ["", "accuracy", "blind", "where blind is wrong", "n", "n of these"], body))
     if len(rows_) == 2:

@@ -15,7 +15,6 @@ rollouts. `ffr` is κ 0.3, evidence text, slot by slot, chosen tokens under thei
 tables.
 """
 
-import argparse
 import os
 import shutil
 import statistics
@@ -24,10 +23,11 @@ import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 
 import toy
-from runs import read_json, read_log
+from runs import flag, one_sentence, parse, read_json, read_log, require
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 EVAL_EVERY = 15
@@ -65,8 +65,22 @@ LOOKS = (  # of PLOTTED, in its order: Okabe and Ito's colours, markers for who 
     ("#d55e00", "s"), ("#0072b2", "v"), ("#000000", "o"), ("#56b4e9", "^"), ("#009e73", "D"),
     ("#e69f00", "P"), ("#cc79a7", "X"))
 
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every flag of the command line."""
+    jobs: int = flag(os.cpu_count(), "runs at a time; the default is the number of cores")
+    seeds: str = flag("0,1,2", "seeds of data order and rollouts")
+    guessed: str = flag(",".join(STARTS), "shares of guesses to start from")
+    only: str = flag(",".join(name for name, *_ in CONDITIONS), "conditions to run")
+    output: str = flag("runs/study", "folder of all runs")
+    report: bool = flag(False, "run nothing, write tables and plots")
+
+
 Run = tuple[dict, list[dict], list[dict]]  # a finished run's config, evaluations and metrics
 Start = dict[str, list[Run]]  # the runs of each condition from one start
+UNDER_WAY = set()  # processes of train.py
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -83,9 +97,12 @@ def train(folder: Path, flags: list[str]) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     resume = ["--resume"] * (folder / "config.json").exists()
     with open(folder / "train.log", "a") as log:
-        code = subprocess.run([sys.executable, TRAIN, *flags, "--output", folder.name, *resume],
-                              check=False, stdout=log, stderr=subprocess.STDOUT, cwd=folder.parent,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+        process = subprocess.Popen(
+            [sys.executable, TRAIN, *flags, "--output", folder.name, *resume], stdout=log,
+            stderr=subprocess.STDOUT, cwd=folder.parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        UNDER_WAY.add(process)
+        code = process.wait()
+        UNDER_WAY.discard(process)
     said = (folder / "train.log").read_text(errors="replace").split("\n")
     last = next((line.split("\r")[-1] for line in reversed(said) if line.strip()), "no output")
     return f"exit code {code}: {last}"
@@ -104,29 +121,37 @@ def run_all(output: Path, starts: list[str], seeds: list[str], only: list[str], 
     if not wanted:
         return 0
     print(f"{len(wanted)} runs to do, {jobs} at a time")
-    for parent in dict.fromkeys(folder.parent for folder in wanted):
-        begun, world = parent / "start", parent / "runs" / "toy"  # before runs would race for it
-        shutil.rmtree(begun, ignore_errors=True)
-        if not (world / "heldout.json").exists():
-            toy.make(world, guessed=float(parent.name))
-        said = train(begun, "--method grpo --steps 1 --batch_prompts 1 --rollouts 2".split()
-                     + ["--eval_data", ""])
-        if not (begun / "metrics.jsonl").exists():
-            sys.exit(f"lab.study: making the warm start failed, {said}")
     failed, begin, pool = 0, time.time(), ThreadPoolExecutor(jobs)
-    running = {pool.submit(train, folder, [*flags, "--eval_every", str(EVAL_EVERY)]): folder
-               for folder, flags in wanted.items()}
     try:
+        for parent in dict.fromkeys(folder.parent for folder in wanted):
+            make_start(parent)
+        running = {pool.submit(train, folder, [*flags, "--eval_every", str(EVAL_EVERY)]): folder
+                   for folder, flags in wanted.items()}
         for number, future in enumerate(as_completed(running), 1):
             folder, ended = running[future], finished(running[future])
             failed += not ended
             print(f"{number} of {len(wanted)}, {time.time() - begin:.0f} s: {folder.parent.name}/"
                   f"{folder.name} " + ("ended" if ended else f"FAILED, {future.result()}"),
                   flush=True)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        error.add_note("the same command goes on")
+        for process in list(UNDER_WAY):  # they save and stop
+            process.terminate()
         pool.shutdown(cancel_futures=True)
-        sys.exit("stopped; the same command goes on")
+        raise
     return failed
+
+
+def make_start(parent: Path) -> None:
+    """Make the world and the warm student of a start, before its runs would race for them."""
+    begun, world = parent / "start", parent / "runs" / "toy"
+    shutil.rmtree(begun, ignore_errors=True)
+    if not (world / "heldout.json").exists():
+        toy.make(world, guessed=float(parent.name))
+    said = train(begun, "--method grpo --steps 1 --batch_prompts 1 --rollouts 2".split()
+                 + ["--eval_data", ""])
+    if not (begun / "metrics.jsonl").exists():
+        raise OSError(f"making the warm start failed, {said}")
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -288,7 +313,7 @@ def report(output: Path) -> None:
     starts = {share: load(output / share) for share in STARTS}
     starts = {share: runs for share, runs in starts.items() if any(runs.values())}
     if not starts:
-        sys.exit(f"lab.study: no finished run in --output {output}")
+        raise ValueError(f"--output {output} holds no finished run")
     parts = tables(starts) + [
         f"**Not comparable** at {share}: {sentence}."
         for share, runs in starts.items() for sentence in unlike(runs)]
@@ -308,31 +333,19 @@ def report(output: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run and report by the command line's flags; exit with 1 where a run failed."""
-    names = [name for name, *_ in CONDITIONS]
-    parser = argparse.ArgumentParser(prog="python -m lab.study",
-                                     description=__doc__.split("\n\n")[0])
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(),
-                        help="runs at a time (default: as many as there are cores)")
-    parser.add_argument("--seeds", default="0,1,2", help="seeds of data order and rollouts")
-    parser.add_argument("--guessed", default=",".join(STARTS),
-                        help="shares of guesses to start from")
-    parser.add_argument("--only", default=",".join(names),
-                        help=f"conditions to run, of {', '.join(names)}")
-    parser.add_argument("--output", type=Path, default=Path("runs/study"),
-                        help="folder of all runs")
-    parser.add_argument("--report", action="store_true", help="run nothing, write tables and plots")
-    args = parser.parse_args(argv)
-    seeds, only, starts = (text.split(",") for text in (args.seeds, args.only, args.guessed))
-    if unknown := set(only) - set(names):
-        parser.error(f"--only: no condition is called {', '.join(sorted(unknown))}")
-    if not all(seed.isdigit() for seed in seeds) or args.jobs < 1:
-        parser.error("--seeds takes numbers like 0,1,2 and --jobs one above 0")
-    if not set(starts) <= set(STARTS):
-        parser.error(f"--guessed takes {', '.join(STARTS)}")
-    failed = 0 if args.report else run_all(args.output, starts, seeds, only, args.jobs)
-    report(args.output)
-    if failed:
-        sys.exit(f"lab.study: {failed} runs failed; the same command tries them again")
+    config, _ = parse(Config, argv, __doc__.split("\n\n")[0])
+    seeds, only, starts = (text.split(",") for text in (config.seeds, config.only, config.guessed))
+    with one_sentence("lab.study"):
+        unknown = sorted(set(only) - {name for name, *_ in CONDITIONS})
+        require(not unknown, f"--only: no condition is called {', '.join(unknown)}")
+        require(all(seed.isdigit() for seed in seeds), "--seeds takes numbers like 0,1,2")
+        require(config.jobs > 0, "--jobs must be above 0")
+        require(set(starts) <= set(STARTS), f"--guessed takes {', '.join(STARTS)}")
+        output = Path(config.output)
+        failed = 0 if config.report else run_all(output, starts, seeds, only, config.jobs)
+        report(output)
+        if failed:
+            raise OSError(f"{failed} runs failed; the same command tries them again")
 
 
 if __name__ == "__main__":

@@ -493,7 +493,8 @@ def test_empty_answers_are_wrong_and_left_out_beside(world, tmp_path):
     Of seven questions two are answered, rightly, and one with nothing: 28.6 of 7, and 100 of 2.
     """
     found = questions(world, "videommmu")
-    config_ = SimpleNamespace(benchmark="videommmu", data="x", label="M", seed=0, judge="")
+    config_ = SimpleNamespace(benchmark="videommmu", data="x", label="M", seed=0, judge="",
+                              question_only=False, direct=False)
     answers = {q.id: {"text": tagged(q.answer)} for q in found if "Finance" in q.id}
     answers["Adaptation/test_Math_2"] = {"text": " "}
     run = results.Run(tmp_path, config_, found, answers, {}, None)

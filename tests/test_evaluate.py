@@ -2,22 +2,31 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import miniature
 import numpy as np
 import pytest
+import students
+import torch
+from conftest import sample
 from messages_server import Fault, MessagesServer
 
+import data
 import evaluate
+import ffr
 import toy
 from benchmarks import results
 from benchmarks.questions import TITLES, load
+from model import Student
 from runs import parse, read_log
+from video import Clip
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -120,11 +129,14 @@ def test_two_processes_come_to_the_same_table(world, plain, tmp_path):
 
 def test_a_killed_run_resumes_to_the_same_table(world, plain, tmp_path):
     """Catches: answers lost or asked twice by --resume, a torn line continued or counted."""
-    root, folder = tmp_path / "videos", tmp_path / "run"
-    miniature.clip(root / "vidA.mp4", world / "source.mp4")
-    # nobody writes to it: the run stands still before its third question
-    os.mkfifo(root / "vidB.mp4")
-    process = start(flags(world, "holmes", folder, video_root=root, batch=1, decode_workers=1))
+    folder = tmp_path / "run"
+    (tmp_path / "still.py").write_text(  # it stands still before its third question
+        f"import sys, threading; sys.path.insert(0, {str(ROOT)!r}); import evaluate, video\n"
+        "get = video.ClipLoader.get\n"
+        "video.ClipLoader.get = lambda self, sample: get(self, sample) if 'vidA' in sample.media "
+        "else threading.Event().wait()\n"
+        "evaluate.main()\n")
+    process = start(flags(world, "holmes", folder, batch=1), script=tmp_path / "still.py")
     seen = ""
     while " 2/4" not in seen:
         character = process.stderr.read(1)
@@ -136,9 +148,7 @@ def test_a_killed_run_resumes_to_the_same_table(world, plain, tmp_path):
     with open(folder / "answers.jsonl", "a") as file:
         file.write('{"id": "vidB/1", "te')
     assert rows(folder).keys() == {"vidA/1", "vidA/2"}
-    (root / "vidB.mp4").unlink()
-    miniature.clip(root / "vidB.mp4", world / "source.mp4")
-    evaluate.evaluate(config(world, "holmes", folder, video_root=root, resume=True))
+    evaluate.evaluate(config(world, "holmes", folder, resume=True))
     assert rows(folder) == rows(plain / "holmes")
     assert len(read_log(folder / "answers.jsonl")) == 4
     assert results.table([str(folder)]) == results.table([str(plain / "holmes")])
@@ -194,7 +204,7 @@ def test_missing_and_broken_videos_cost_their_questions_only(world, tmp_path, ca
     (root / "vidB.mp4").unlink()
     report = evaluate.evaluate(config(world, "holmes", tmp_path / "gone", video_root=root))
     assert "4 questions, 2 missing, 0 undecodable" in report
-    assert "2 of 4 questions have no video: vidB/1" in capsys.readouterr().err
+    assert "2 of 4 questions have no video (SR 1, CTI 1): vidB/1" in capsys.readouterr().err
     miniature.clip(root / "vidB.mp4", world / "source.mp4")  # found again: they are asked now
     report = evaluate.evaluate(config(world, "holmes", tmp_path / "gone", video_root=root,
                                       resume=True))
@@ -210,14 +220,15 @@ def test_patches_are_an_upper_bound_of_their_own(world, tmp_path):
     before = evaluate.evaluate(config(world, "lvbench", **options))
     path = tmp_path / "run/answers.jsonl"
     kept = path.read_text()
-    said = json.dumps(rows(tmp_path / "run")["56"]["text"])
-    path.write_text(kept.replace(said, '"<answer>A</answer>"'))  # 56 is right
+    lines = rows(tmp_path / "run")
+    lines["56"]["text"] = "<answer>A</answer>"  # right
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines.values()))
     evaluate.evaluate(config(world, "lvbench", **options, resume=True, with_patches="annotated"))
     assert rows(tmp_path / "run", "patched").keys() == {"55"}
     path.write_text(kept)
     report = evaluate.evaluate(config(world, "lvbench", **options, resume=True,
                                       with_patches="annotated"))
-    assert "upper bound" in report and "upper bound" not in before
+    assert "upper bound: 2 of 2 failed ones again" in report and "upper bound" not in before
     headlines = {line for line in before.splitlines() if line.startswith("| overall")}
     assert headlines <= set(report.splitlines())
     patched = rows(tmp_path / "run", "patched")
@@ -325,6 +336,84 @@ def test_paired_differences_weigh_as_the_headline_does(world, tmp_path):
     assert found == (pytest.approx(0.5), pytest.approx(0.5), pytest.approx(0.5), 40)
 
 
+OWN = [{"problem_id": "a", "problem": "Which?", "problem_type": "multiple choice",
+        "options": ["A. red", "B. blue"], "solution": "<answer>B. blue</answer>",
+        "data_type": "video", "path": "vidA.mp4", "data_source": "mine",
+        "evidence": [{"start": 0, "end": 1}]},
+       {"problem": "How long?", "problem_type": "regression", "solution": 4, "data_type": "video",
+        "path": "vidA.mp4"},
+       {"problem": "What stands there?", "problem_type": "OCR", "solution": "stop here",
+        "data_type": "image", "path": "p.png"}]
+
+
+def test_a_file_of_one_s_own_is_scored_as_training_scores_it(world, tmp_path):
+    """Catches: a training file that cannot be evaluated, MRA for training's regression, a gold with
+    its text that no letter meets, no column in the table, or that of a benchmark of its name.
+
+    (B) is right but not the letter alone; 3 for 4 is 0.75, or 0.5 by MRA (0.50 to 0.70 hold); one
+    word of two is 0.5: (1 + 0.75 + 0.5) / 3 and (0 + 0.5 + 0.5) / 3.
+    """
+    (tmp_path / "mmvu.json").write_text(json.dumps(OWN))
+    answers = {"a": "(B)", "1": "3", "2": "stop"}
+    (tmp_path / "p.jsonl").write_text("".join(
+        json.dumps({"id": id, "text": text}) + "\n" for id, text in answers.items()))
+    given = ["--benchmark", "own", "--data", str(tmp_path / "mmvu.json")]
+    report = evaluate.evaluate(settings([*given, "--predictions", str(tmp_path / "p.jsonl"),
+                                         "--output", str(tmp_path / "run")]))
+    assert "## own: mmvu, p (predictions), seed 0" in report and "|  | lenient | n |" in report
+    assert "| overall | 75.0 | 3 | 33.3 | 3 |" in report and "| mine | 100.0 | 1 |" in report
+    table = results.table([str(tmp_path / "run")])
+    assert "average, all | own: mmvu |" in table and "| – | – | 75.0 |" in table
+    wrong = [{**OWN[0], "option": OWN[0]["options"], "options": None}]
+    (tmp_path / "mmvu.json").write_text(json.dumps(wrong))
+    with pytest.raises(ValueError, match="sample a: a multiple choice question needs options"):
+        evaluate.evaluate(settings([*given, "--predictions", str(tmp_path / "p.jsonl")]))
+
+
+def test_a_file_of_one_s_own_is_asked(world, tmp_path):
+    """Catches: an image that is decoded as a video, rows that are not asked, or without a file."""
+    from PIL import Image
+    miniature.clip(tmp_path / "videos/vidA.mp4", world / "source.mp4")
+    Image.new("RGB", (56, 56), "red").save(tmp_path / "videos/p.png")
+    (tmp_path / "mine.json").write_text(json.dumps(OWN))
+    given = replace(config(world, "holmes", tmp_path / "run"), benchmark="own",
+                    data=str(tmp_path / "mine.json"), video_root=str(tmp_path / "videos"))
+    report = evaluate.evaluate(given)
+    assert "3 questions, 0 missing, 0 undecodable, 0 unanswered" in report
+    assert rows(tmp_path / "run").keys() == {"a", "1", "2"}
+
+
+def test_a_table_takes_what_it_can_name_and_says_what_it_leaves_out(world, tmp_path):
+    """Catches: a training run's folder that ends the table, or is passed over in silence; a family
+    file of another benchmark that does; one folder given twice, as two runs of one seed.
+    """
+    questions = load(config(world, "holmes", "x"))
+    gold = {q.id: f"<answer>{q.answer}</answer>" for q in questions}
+    given = config(world, "holmes", "x")
+    written(tmp_path / "holmes", given, questions, gold)
+    written(tmp_path / "mme", replace(given, benchmark="family", data="eval_videomme.json"),
+            questions, gold)
+    for name in ("ffr-1", "toy"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "ffr-1/config.json").write_text("{}")
+    text = results.table([str(tmp_path), str(tmp_path / "holmes/../holmes")])
+    assert "average, all | eval_videomme |" in text and "| – | – | 100.0 |" in text
+    assert text.endswith("Left out, as they hold no questions.jsonl: "
+                         f"{tmp_path / 'ffr-1'}, {tmp_path / 'toy'}")
+    with pytest.raises(ValueError, match="ffr-1 is no folder of a run"):
+        results.table([str(tmp_path / "ffr-1")])
+    with pytest.raises(ValueError, match="toy holds no run"):
+        results.table([str(tmp_path / "toy")])
+
+
+def test_annotated_patches_need_questions_that_say_where_to_look(world, tmp_path):
+    """Catches: failed answers repeated as an upper bound where no question has evidence."""
+    with pytest.raises(ValueError, match="--with_patches annotated: not one question of --data .*"
+                       "test_Video-Holmes.json says where"):
+        evaluate.evaluate(config(world, "holmes", tmp_path / "run", with_patches="annotated"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_knowledge_gained_is_computed_from_two_runs(world, tmp_path):
     """Catches: Δknowledge over all tracks, or from the wrong side."""
     for only, right in ((True, 1), (False, 3)):
@@ -400,6 +489,38 @@ def says(text):
     return [{"type": "text", "text": text}]
 
 
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_stop_keeps_what_is_answered_and_says_how_to_go_on(world, tmp_path, monkeypatch, capsys,
+                                                             number):
+    """Catches: a traceback for Ctrl-C, a silent end, exit 0 for half an evaluation."""
+    given, ready = flags(world, "vsibench", tmp_path / "run", batch=5), evaluate.decoded
+
+    def stopping(*rest):
+        for n, part in enumerate(ready(*rest)):
+            if n:
+                os.kill(os.getpid(), number)
+            yield part
+
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *given])
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate, "decoded", stopping)
+        with pytest.raises(SystemExit) as left:
+            evaluate.main(given)
+    assert left.value.code == 128 + number and len(rows(tmp_path / "run")) == 5
+    said, again = capsys.readouterr().err, shlex.join(["evaluate.py", *given, "--resume"])
+    assert said.endswith(f"\nevaluate.py: stopped; 7 of 12 questions in {tmp_path / 'run'} lack an "
+                         f"answer or a verdict; to go on: python {again}\n")
+    evaluate.main([*given, "--resume"])
+    assert capsys.readouterr().out.endswith(
+        f"\n\nfinished: {tmp_path / 'run'}; beside others: python evaluate.py table "
+        f"{tmp_path / 'run'} RUN ...\n")
+    (tmp_path / "run/answers.jsonl").write_text("")
+    monkeypatch.setattr(evaluate, "answer", lambda *rest: None)  # as where an API gave none
+    with pytest.raises(SystemExit, match="1"):
+        evaluate.main([*given, "--resume"])
+    assert "12 of 12 questions in" in capsys.readouterr().out.split("\n")[-2]
+
+
 def test_the_key_is_in_no_message(world, tmp_path, monkeypatch, capsys):
     """Catches: a server's error that quotes the key, printed."""
     monkeypatch.setenv("ANTHROPIC_API_KEY", "a-key-of-some-length")
@@ -436,7 +557,7 @@ def test_an_api_model_is_asked_with_frames_and_only_once(world, tmp_path, monkey
         report = evaluate.evaluate(given(resume=True))
         assert " 0 unanswered" in report and len(server.seen) == 13
         assert rows(tmp_path / "run")["5"] == {
-            "id": "5", "text": "<think>I see.</think><answer>A</answer>", "tokens": 50}
+            "id": "5", "text": "<think>I see.</think><answer>A</answer>", "tokens": 12}
         assert "anthropic:glm" in results.table([str(tmp_path / "run")])
         (tmp_path / "run/answers.jsonl").unlink()  # they are in the cache as well
         assert evaluate.evaluate(given(resume=True)) == report and len(server.seen) == 13
@@ -506,6 +627,45 @@ def test_the_judge_scores_what_no_rule_can(world, tmp_path, monkeypatch):
     assert results.read_run(tmp_path / "mmvu").verdicts == {}
 
 
+@pytest.mark.parametrize("reply, right", (
+    ("Yes", 1), ("no.", 0), ("**Yes**", 1), ("Answer: yes", 1), ("**Answer:** No", 0), ("`no`", 0),
+    ("<think>Is it no, or yes?</think>\n\nYes", 1), ("No, it says red.", 0), ("Yes — the same", 1),
+    ('{"verdict": "yes"}', 1), ("<answer>no</answer>", 0), ("They agree.\n\n**Yes**", 1),
+    (r"\boxed{yes}", 1), ("Final answer: NO!", 0), ("", None), ("Let me think about", None),
+    ("<think>yes", None), ("No idea", None), ("There is no", None), ("Yes\nNo", None),
+    ("yes and no", None), ("Not at all", None), ("Yesterday", None)))
+def test_the_judge_s_word_is_a_lone_yes_or_no(reply, right):
+    """Catches: "**Yes**" stored as no for good, a reply cut short or empty taken for a no."""
+    assert evaluate.verdict(SimpleNamespace(accepted=(), answer="x"), reply) == right
+
+
+@pytest.mark.parametrize("reply, right", (
+    ("B", 1), ("**B**", 1), ("B. a lid goes down", 1), ("<think>A?</think>B", 1), ("A", 0),
+    ("none", 0), ("None of them.", 0), ("", None), ("The description", None), ("<think>B", None)))
+def test_the_judge_s_letter_is_an_option_or_none(reply, right):
+    """Catches: an empty reply about a caption stored as a wrong caption."""
+    q = SimpleNamespace(accepted=("Which?\nA. a lid goes up\nB. a lid goes down",), answer="B")
+    assert evaluate.verdict(q, reply) == right
+
+
+def test_a_reply_without_a_verdict_is_asked_again_and_never_stored(world, tmp_path, monkeypatch,
+                                                                   capsys):
+    """Catches: silence stored as a verdict, asked for without end, or replaced without a word."""
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "none")
+    path = tmp_path / "mmvu.jsonl"
+    path.write_text('{"id": "validation_2", "text": "rubbing"}\n')
+    given = ["--benchmark", "mmvu", "--data", str(world / miniature.DATA["mmvu"]), "--predictions",
+             str(path), "--judge", "j"]
+    for replies, verdicts in (["Hm", "**Yes**"], [1]), (["", "So, let me see"], []):
+        left, out = iter(replies), tmp_path / f"run{len(verdicts)}"
+        with MessagesServer(lambda body, left=left: says(next(left))) as server:
+            evaluate.evaluate(settings([*given, "--api_url", server.url, "--output", str(out)]))
+            assert len(server.seen) == 2
+        assert list(results.read_run(out).verdicts.values()) == verdicts
+    assert "1 questions got no verdict (nothing that was asked for in 'So, let me" in \
+        capsys.readouterr().err
+
+
 def test_the_last_error_of_a_question_stands_and_no_error_replaces_an_answer(tmp_path):
     """Catches: a file counted as missing that is there by now and cannot be decoded, an answer lost
     to an old error.
@@ -535,6 +695,304 @@ def test_silence_is_wrong_before_a_judge_too(world, tmp_path, monkeypatch):
     assert results.read_run(tmp_path / "run").verdicts == {}
 
 
+@pytest.fixture(scope="session")
+def controls(world, tmp_path_factory):
+    """All eight without their videos, with frames out of order, with one frame, and directly."""
+    folder, seen, prefill = tmp_path_factory.mktemp("controls"), {}, Student.prefill
+    for name, more in (("blind", dict(blind=True, video_root=None)), ("direct", dict(
+            direct=True, template=None)), ("shuffled", dict(frames_order="shuffled")),
+            ("one", dict(frames_shown="one")), ("plain", {})):
+        seen[name] = []
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Student, "prefill", lambda self, prefixes, kept=seen[name]: (
+                kept.extend(prefixes), prefill(self, prefixes))[1])
+            for benchmark in TITLES:
+                evaluate.evaluate(config(world, benchmark, folder / f"{name}-{benchmark}",
+                                         max_completion=4, **more))
+    return folder, seen
+
+
+def test_controls_change_what_a_student_is_shown_and_nothing_else(controls):
+    """Catches: --blind that still shows frames or asks otherwise; shuffled frames in order, or with
+    times out of order; one frame that is not the middle one, or is shown as several.
+    """
+    seen, mixed = controls[1], 0
+    assert [len(seen[name]) for name in seen] == 5 * [40]
+    for plain, blind, shuffled, one in zip(*(seen[n] for n in ("plain", "blind", "shuffled",
+                                                               "one"))):
+        ids, (t, h, w) = plain.ids.tolist(), plain.grids[0].tolist()
+        pad = toy.SPECIAL.index("<|video_pad|>")
+        start, end = ids.index(pad), len(ids) - ids[::-1].index(pad)
+        assert blind.ids.tolist() == ids[:start - 1] + ids[end + 1:]  # without its tags too
+        assert blind.pixels is None and len(blind.grids) == 0
+        assert shuffled.ids.tolist() == ids and shuffled.pixels.shape == plain.pixels.shape
+        assert shuffled.seconds_per_grid.tolist() == plain.seconds_per_grid.tolist()
+        mixed += not torch.equal(shuffled.pixels, plain.pixels)
+        assert one.grids.tolist() == [[1, h, w]] and (t, one.ids.tolist().count(pad)) == (
+            2, ids.count(pad) // 2)
+        # a patch of pixels is [colour, time, row, column]; the third of four frames, twice
+        third, twice = plain.pixels.view(t, h * w, 3, 2, -1)[1], one.pixels.view(h * w, 3, 2, -1)
+        assert torch.equal(twice, third[:, :, :1].expand(-1, -1, 2, -1))
+    assert mixed > 0
+
+
+def test_controls_are_rows_of_their_own_and_stand_beside_the_blind_run(world, controls):
+    """Catches: runs of different questions in one row, a column that stays empty, a blind run taken
+    for that of another wording.
+    """
+    text = results.table([str(controls[0])])
+    label = f"{world / 'student'}, 4 frames, max_pixels 3136, temperature 1.0, top_p 1.0"
+    template = f"template {world / 'template.txt'}"
+    blind = label.replace(", 4 frames, max_pixels 3136", "") + f", max_completion 4, {template}, "
+    for row in (f"{label}, max_completion 4, {template}", blind + "blind",
+                f"{label}, max_completion 4, direct",
+                f"{label}, max_completion 4, {template}, frames_order shuffled",
+                f"{label}, max_completion 4, {template}, frames_shown one"):
+        lines = [line for line in text.splitlines() if line.startswith(f"| {row} |")]
+        assert len(lines) == 2 and "–" not in lines[0], row  # by two conventions
+    beside = text.partition("### with and without the video\n\n")[2].splitlines()[2:]
+    assert len(beside) == 2 * 8 * 3 and not any("direct" in line or "blind" in line
+                                                for line in beside)
+
+
+def test_accuracy_stands_beside_blind_accuracy_and_that_where_blind_is_wrong(world, tmp_path):
+    """Catches: the blind run's own accuracy on what it missed, questions that only one of the two
+    scores, the micro mean of VSI-Bench, graded answers that count as missed from 0.5 on.
+
+    Holmes: three of four with the video, one without, and two of the three that it missed.
+    VSI-Bench, official: counts of 2 and 4, answered 2 and 5.1 (MRA 1 and 0.5): 0.75; blind 2.72
+    (MRA 0.3) and 4: 0.65, so it misses the first. One of two letters, another task, is right with
+    the video, none without: (0.75 + 0.5)/2, (0.65 + 0)/2, (1 + 0.5)/2, where a mean over the
+    questions is 2/3.
+    """
+    given = {name: config(world, "holmes", "x", blind=blind, template=None)
+             for name, blind in (("holmes", False), ("blind", True))}
+    questions = load(given["holmes"])
+    for name, letters in (("holmes", "CAFE"), ("blind", "CEEE")):
+        written(tmp_path / name, given[name], questions,
+                {q.id: f"<answer>{x}</answer>" for q, x in zip(questions, letters)})
+    other = replace(given["holmes"], frames=16, max_pixels=784)  # no matter to a blind run
+    written(tmp_path / "other", other, questions, {q.id: "E" for q in questions})
+    vsi = [replace(q, id=str(i), answer=gold) for i, (q, gold) in enumerate(
+        (load(config(world, "vsibench", "x"))[k], gold) for k, gold in ((0, "2"), (0, "4"),
+                                                                        (5, "A"), (5, "A")))]
+    for name, texts, blind in (("vsi", ("2", "5.1", "A", "B"), False),
+                               ("vsi-blind", ("2.72", "4", "B", "B"), True)):
+        written(tmp_path / name, config(world, "vsibench", "x", blind=blind, template=None), vsi,
+                dict(zip("0123", texts)))
+    lines = [line.split(" | ") for line in results.table([str(tmp_path)]).partition(
+        "with and without the video")[2].splitlines() if "official" in line]
+    found = {(line[0].rpartition(", ")[0].split("student, ")[1][:8], line[0].split(", ")[-3]):
+             line[1:] for line in lines}
+    assert found == {("4 frames", "holmes"): ["75.0", "25.0", "66.7", "4", "3 |"],
+                     ("16 frame", "holmes"): ["0.0", "25.0", "0.0", "4", "3 |"],
+                     ("4 frames", "vsibench"): ["62.5", "32.5", "75.0", "4", "3 |"]}
+
+
+def test_an_api_model_is_asked_without_the_video_or_directly(world, tmp_path, monkeypatch):
+    """Catches: frames sent all the same, a blind run that wants the videos, the usual wording."""
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "none")
+    with MessagesServer(lambda body: says("<answer>A</answer>")) as server:
+        given = dict(model="anthropic:glm", api_url=server.url, template=None)
+        evaluate.evaluate(config(world, "holmes", tmp_path / "blind", blind=True,
+                                 video_root=None, **given))
+        evaluate.evaluate(config(world, "holmes", tmp_path / "direct", direct=True, **given))
+        evaluate.evaluate(config(world, "holmes", tmp_path / "one", frames_shown="one", **given))
+        contents = [body["messages"][0]["content"] for body in server.bodies]
+        images = [sum(block["type"] == "image" for block in content) for content in contents]
+        assert images == 4 * [0] + 4 * [4] + 4 * [1]
+        assert [("<think>" in text_of(body), "without reasoning" in text_of(body))
+                for body in server.bodies[::4]] == [(True, False), (False, True), (True, False)]
+        assert "frame 0, 1.88 s" in text_of(server.bodies[8])  # of 0, 1, 1.875 and 2.875 s
+
+
+def test_every_question_has_an_order_of_its_own_that_the_seed_repeats():
+    """Catches: one permutation for all videos, another one on resume or another process."""
+    frames = torch.arange(16, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 28, 28)
+    clip = Clip(frames, tuple(map(float, range(16))), tuple(range(16)), 1.0, 16.0, 16)
+
+    def order(id, seed):
+        given = evaluate.Config(frames_order="shuffled", seed=seed)
+        changed = evaluate.controlled(given, sample(id=id, clip=clip)).clip
+        assert (changed.times, changed.indices) == (clip.times, clip.indices)
+        return tuple(changed.frames[:, 0, 0, 0].tolist())
+
+    found = [order("a", 0), order("b", 0), order("a", 1)]
+    assert len(set(found)) == 3 and order("a", 0) == found[0]
+    assert all(sorted(one) == list(range(16)) for one in found)
+    one = evaluate.controlled(evaluate.Config(frames_shown="one"), sample(clip=clip)).clip
+    assert (one.times, one.indices, one.frames[:, 0, 0, 0].tolist()) == ((8.0,), (8,), [8])
+    assert one.duration == 16.0
+
+
+def test_direct_answers_that_reason_are_counted_and_thinking_checkpoints_refused(world, tmp_path):
+    """Catches: a row of direct answers that are none, without a word."""
+    given = config(world, "holmes", "x", direct=True, template=None)
+    questions = load(given)
+    texts = ["<think>Hm.</think><answer>C</answer>", "<answer>A</answer>", "F", "C"]
+    run = written(tmp_path / "run", given, questions, dict(zip((q.id for q in questions), texts)))
+    assert "1 answers reason all the same" in results.report(run)
+    assert "| overall | 75.0 | 4 |" in results.report(run)
+    students.publish(tmp_path / "thinking", "qwen3_vl_thinking")
+    with pytest.raises(ValueError, match="--direct: the chat template of .*thinking begins every "
+                       "response with <think>: it always reasons"):
+        evaluate.evaluate(replace(given, model=str(tmp_path / "thinking"), max_pixels=64 * 64,
+                                  output=str(tmp_path / "none")))
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """Make a toy world of ten and five questions."""
+    folder = tmp_path_factory.mktemp("toy")
+    toy.make(folder, train=10, heldout=5, warm=5, pretrained=False)
+    return folder
+
+
+def own(folder, output, **more):
+    given = dict(data=folder / "train.json", video_root=None, blind=True, model=folder / "model",
+                 template=folder / "template.txt")
+    return replace(config(folder, "holmes", output, **given | more), benchmark="own")
+
+
+def test_the_rows_that_no_blind_try_answers_are_kept_as_they_are(small, tmp_path, monkeypatch):
+    """Catches: the first try alone, tries that are one try, rows rewritten or out of order, figures
+    over all tries, a training file written over.
+    """
+    rows_, kept = json.loads((small / "train.json").read_text()), tmp_path / "hard.jsonl"
+    rows_[3] |= {"note of mine": [1.0, "é"], "problem_id": None}  # it goes by its number
+    (tmp_path / "train.json").write_text(json.dumps(rows_))
+    right = {"train-1": [1, 0, 0], "3": [0, 0, 1], "train-4": [0, 1, 1]}
+
+    def find(student, cache, groups, header, score, diagnose, key, tries, sampling):
+        for group in groups:
+            told = [f"<answer>{group.sample.answer if hit else '?'}</answer>"
+                    for hit in right.get(group.sample.id, [0, 0, 0])]
+            assert tries == len(told)
+            group.slots = [SimpleNamespace(first=SimpleNamespace(text=text, ids_C=[1],
+                                                                 finished=True)) for text in told]
+
+    given = own(small, tmp_path / "run", data=tmp_path / "train.json", tries=3, keep_failed=kept)
+    with monkeypatch.context() as patched:
+        patched.setattr(ffr, "find", find)
+        report = evaluate.evaluate(given)
+    assert "| overall | 10.0 | 10 |" in report and report.endswith(
+        f"7 of 10 questions got no right answer in 3 tries without their video: {kept}")
+    assert read_log(kept) == [row for i, row in enumerate(rows_) if i not in (1, 3, 4)]
+    assert len(data.load_samples(read_log(kept), {"": small / "videos"})) == 7
+    with pytest.raises(ValueError, match="hard.jsonl is there already"):
+        evaluate.evaluate(replace(given, resume=True))
+    kept.unlink()
+    before = rows(tmp_path / "run")
+    evaluate.evaluate(replace(given, resume=True))  # from the answers that are there
+    assert len(read_log(kept)) == 7 and rows(tmp_path / "run") == before
+
+
+def test_tries_differ(small, tmp_path):
+    """Catches: the same answer G times, for which a question counts as tried G times."""
+    seen, find = [], ffr.find
+
+    def noted(student, cache, groups, *rest):
+        find(student, cache, groups, *rest)
+        seen.extend([slot.first.text for slot in group.slots] for group in groups)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ffr, "find", noted)
+        evaluate.evaluate(own(small, tmp_path / "run", tries=3, keep_failed=tmp_path / "hard.json"))
+    assert len(seen) == 10 and all(len(set(texts)) == 3 for texts in seen)
+    assert [row["text"] for row in rows(tmp_path / "run").values()] == [texts[0] for texts in seen]
+    evaluate.evaluate(own(small, tmp_path / "one"))
+    assert [row["text"] for row in rows(tmp_path / "one").values()] == [texts[0] for texts in seen]
+
+
+def test_no_rows_are_kept_while_answers_are_missing(small, tmp_path, monkeypatch):
+    """Catches: a question whose request failed, kept as one that needs its video."""
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "none")
+    failing = [Fault(status=400, body='{"error": {"message": "no"}}')]
+    with MessagesServer(lambda body: failing.pop() if failing else says("<answer>?</answer>")) \
+            as server:
+        given = own(small, tmp_path / "run", model="anthropic:glm", api_url=server.url,
+                    keep_failed=tmp_path / "hard.jsonl")
+        assert "hard.jsonl is not written: 1 answers are missing" in evaluate.evaluate(given)
+        assert not (tmp_path / "hard.jsonl").exists()
+        assert "10 of 10 questions got no right answer in 1 tries" in evaluate.evaluate(
+            replace(given, resume=True))
+    assert len(read_log(tmp_path / "hard.jsonl")) == 10
+
+
+def test_how_much_was_trained_on_is_counted(small, world, tmp_path):
+    """Catches: other folders taken for other files, lines that the loaders add, questions alike
+    about other videos taken for the same.
+    """
+    def said(benchmark, folder, trained):
+        report = evaluate.evaluate(evaluate.Config(
+            benchmark=benchmark, data=str(folder), trained_on=str(trained),
+            predictions=str(tmp_path / "p.jsonl")))
+        return report.splitlines()[-1].partition("occur ")[2]
+
+    heldout, train = small / "heldout.json", small / "train.json"
+    (tmp_path / "p.jsonl").write_text('{"id": "heldout-0", "text": "red"}\n')
+    asked = [{row["problem"] for row in json.loads(path.read_text())} for path in (heldout, train)]
+    assert said("own", heldout, train) == f"0 of 1 files, by their names, and " \
+        f"{len(asked[0] & asked[1])} of 5 questions, by their words, 0 with their file."
+    assert said("own", heldout, heldout) == \
+        "1 of 1 files, by their names, and 5 of 5 questions, by their words, 5 with their file."
+    (tmp_path / "p.jsonl").write_text('{"id": "Adaptation/test_Math_2", "text": "red"}\n')
+    (tmp_path / "t.json").write_text(json.dumps([
+        {"path": "a/test_Math_2.webm", "problem": "<image> how many"},
+        {"path": "b/video_1.mp4", "problem": "Which?"}, {"path": "b/c.mp4", "problem": "(?)"}]))
+    assert said("videommmu", world / "videommmu", tmp_path / "t.json") == \
+        "1 of 5 files, by their names, and 5 of 7 questions, by their words, 1 with their file."
+    for content in ("[]", '[{"id": 1, "text": "x"}]', '{"data": [1]}'):
+        (tmp_path / "t.json").write_text(content)
+        with pytest.raises(ValueError, match="--trained_on .*t.json is no training file"):
+            said("videommmu", world / "videommmu", tmp_path / "t.json")
+
+
+def test_runs_have_folders_by_what_names_their_rows(world):
+    """Catches: a blind run refused, or resumed, in the folder of the run with videos."""
+    given = [config(world, "holmes", "", **more) for more in (
+        {}, dict(blind=True), dict(direct=True, template=None), dict(frames_order="shuffled"),
+        dict(frames=8), dict(seed=1))]
+    assert len({evaluate.output_folder(one) for one in given}) == len(given)
+    assert evaluate.output_folder(evaluate.Config(
+        benchmark="mmvu", model="hub/M-7B", blind=True)) == "runs/mmvu-M-7B-blind-0"
+
+
+ASKING = ["--benchmark", "mmvu", "--data", "d", "--video_root", "v", "--model", "m"]
+OWN_BLIND = ["--benchmark", "own", "--data", "d", "--model", "m", "--blind"]
+
+
+@pytest.mark.parametrize("given, sentence", (
+    ([*ASKING, "--blind", "--frames", "8"], "--frames changes nothing"),
+    ([*ASKING, "--blind", "--frames_order", "shuffled"], "--frames_order changes nothing"),
+    ([*ASKING, "--blind", "--decode_workers", "1"], "--decode_workers changes nothing"),
+    ([*ASKING, "--decode_workers", "0", "--decode_seconds", "1"], "--decode_seconds changes"),
+    ([*ASKING, "--frames_shown", "one", "--frames_order", "shuffled"], "--frames_order changes"),
+    ([*ASKING, "--direct", "--template", "t"], "--template changes nothing"),
+    ([*ASKING, "--uncut"], "--uncut changes nothing in this run: it is for --benchmark mvbench"),
+    ([*ASKING, "--question_only"], "--question_only changes nothing"),
+    ([*ASKING, "--blind", "--keep_failed", "f"], "--benchmark own with --blind"),
+    ([*ASKING, "--with_patches", "annotated", "--frames_shown", "one"], "--with_patches changes"),
+    ([*ASKING, "--with_patches", "annotated", "--blind"], "--with_patches changes"),
+    ([*OWN_BLIND, "--tries", "8", "--temperature", "1", "--top_p", "0.95"], "--tries changes"),
+    ([*OWN_BLIND, "--tries", "8", "--keep_failed", "f"], "at --temperature 1 --top_p 0.95"),
+    ([*OWN_BLIND, "--tries", "0", "--keep_failed", "f"], "--tries must be positive"),
+    ([*OWN_BLIND, "--keep_failed", "."], "--keep_failed . is there already"),
+    ([*OWN_BLIND, "--keep_failed", "no/f"], "--keep_failed no/f is there already, or its folder"),
+    ([*OWN_BLIND, "--trained_on", "no"], "--trained_on no: there is no such file"),
+    (["--benchmark", "mmvu", "--data", "d", "--predictions", "p", "--blind"], "--blind changes"),
+    (["--benchmark", "mmvu", "--data", "d", "--predictions", "p", "--top_p", "1"], "--top_p"),
+    ([*ASKING[:-1], "anthropic:m", "--batch", "2"], "--batch changes nothing"),
+    ([*ASKING[:-1], "anthropic:m", "--top_p", "1"], "--top_p changes nothing")))
+def test_flags_that_change_nothing_are_refused(tmp_path, monkeypatch, capsys, given, sentence):
+    """Catches: a control that is not heeded, so that its row shows no difference."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "none")
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main(given)
+    assert sentence in capsys.readouterr().err and caught.value.code == 2
+
+
 @pytest.mark.parametrize("given, sentence", (
     (["--benchmrk", "mmvu"], "unknown: --benchmrk; did you mean --benchmark?"),
     (["--benchmark", "mmu"], "invalid choice"),
@@ -546,7 +1004,7 @@ def test_silence_is_wrong_before_a_judge_too(world, tmp_path, monkeypatch):
     (["--benchmark", "mmvu", "--data", "d", "--model", "m", "--video_root", "v", "--top_p", "0"],
      "--top_p in (0, 1]"),
     (["--benchmark", "mmvu", "--data", "d", "--model", "m", "--video_root", "v", "--subtitles"],
-     "--subtitles is for --benchmark longvideobench"),
+     "--subtitles changes nothing in this run: it is for --benchmark longvideobench"),
     (["--benchmark", "mmvu", "--data", "d", "--predictions", "p", "--api_price", "3"],
      "--api_price is IN/OUT in dollars"),
     (["--benchmark", "mmvu", "--data", "d", "--predictions", "p", "--api_budget", "3"],
@@ -561,6 +1019,8 @@ def test_silence_is_wrong_before_a_judge_too(world, tmp_path, monkeypatch):
      "--evidence changes nothing in this run: it is for --with_patches"),
     (["--benchmark", "mmvu", "--data", "d", "--predictions", "p", "--teacher_model", "m"],
      "--teacher_model changes nothing in this run"),
+    (["--benchmark", "mmvu", "--data", "d", "--predictions", "p", "--judge", "j"],
+     "--judge with --predictions needs --output: verdicts that were paid for"),
     (["table", "nowhere"], "nowhere holds no run"),
     (["table", ".", "--paper", "99"], "there are Tables 2, 3")))
 def test_bad_flags_are_one_sentence(tmp_path, monkeypatch, capsys, given, sentence):

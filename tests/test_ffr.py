@@ -135,7 +135,7 @@ def test_an_all_equal_group_has_exactly_zero_gradient():
         assert ffr.advantages([0.6, 0.9 - 0.3] * 4, std).tolist() == [0.0] * 8
     middle = ffr.advantages([0.0, 0.9 - 0.6, 0.6])  # of three, the mean is the middle one
     assert middle[1] == 0 and middle.tolist() == pytest.approx([-0.3 / 0.3001, 0, 0.3 / 0.3001])
-    assert ffr.advantages([1.3]).tolist() == [0.0] and ffr.advantages([1.3], False).tolist() == [0.0]
+    assert ffr.advantages([1.3]).tolist() == ffr.advantages([1.3], False).tolist() == [0.0]
     groups, _ = one_group([[RIGHT, EOS]] * 4, [])
     batch, = ffr.micro_batches(groups, 10**6, ffr.token_weights("token", 8, 4))
     logp = batch.old_logp_T.clone().requires_grad_()

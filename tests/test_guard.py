@@ -111,15 +111,19 @@ def test_advice_in_any_dress(text, stated):
     assert states(guard._bare(text)) == stated
 
 
-@pytest.mark.parametrize("text, other", [
-    ("Look at the table, in the second half of the clip.", False), ("Zoom in.", False),
-    ("Watch the man at the Café de la Gare, from frame 2 on.", False), ("47.", False),
-    ("Region x 0.6–0.8, y 0.4–0.7: zoom.", False), ("the sign that reads 出口", True),
-    ("Mira la mano izquierda.", True), ("Look again. Regardez la main.", True), ("看手。", True),
-    ("Schau auf die Tür und zähle die Gäste.", True), ("もう一度見てください。", True)])
-def test_another_language_is_known_as_one(text, other):
+@pytest.mark.parametrize("text, problem", [
+    ("Look at the table, at its left side.", ""), ("Zoom in.", ""),
+    ("Watch the man at the Café de la Gare.", ""),
+    ("Region x 0.6–0.8, y 0.4–0.7: zoom.", ""), ("Look at the sign that reads 出口.", "unread"),
+    ("Mira la mano izquierda.", "partial"), ("Look again. Regardez la main.", "partial"),
+    ("Schau auf die Tür und zähle die Gäste.", "partial"), ("看手。", "unread"),
+    ("もう一度見てください。", "unread")])
+def test_another_language_is_not_let_through(text, problem):
     """Catches: a patch that no rule can read let through, English refused over a name in it."""
-    assert guard.foreign(spelled(text)) == other
+    row = dict(query_kind="logic", kind="free-form", question="Why does he stop?", options=[],
+               answer="It rains.", response="<answer>He is tired.</answer>", key_frames=[0, 9],
+               regions=[], temporal_markers=[], guidance=text)
+    assert found_leak(row).split(":")[0] == problem
 
 
 def test_a_list_s_numbers_are_no_answer_and_an_answer_is_no_list():

@@ -1,20 +1,24 @@
 """A run is what its folder says: flags, locks, stops, damage. Each test names its mistake."""
 
 import hashlib
+import itertools
 import json
 import os
 import random
+import re
 import select
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
-from test_train import after_step, config_of, finish, run, start, untimed
+from test_train import TIMINGS, after_step, config_of, finish, run, start, untimed
 from test_train import world as world  # noqa: PLC0414, the fixture
 
 import methods
@@ -105,12 +109,11 @@ def test_other_contents_under_a_free_flag_are_refused(world, tmp_path, change, s
     run(config)
     (tmp_path / "other.txt").write_text("{question} Say why.")
     other = tmp_path / "other.txt" if name == "template" else world / change[name]
-    if name == "model":  # one layer more
-        other = tmp_path / "larger"
+    if name == "model":  # the same weights, taken otherwise
+        other = tmp_path / "other"
         shutil.copytree(world / "warm/checkpoints/step-000060", other)
         text = json.loads((other / "config.json").read_text())
-        text["text_config"]["num_hidden_layers"] += 1
-        text["text_config"]["layer_types"] = 4 * text["text_config"].get("layer_types", [""])[:1]
+        text["text_config"]["rms_norm_eps"] *= 10
         (other / "config.json").write_text(json.dumps(text))
     before = fingerprint(folder)
     with pytest.raises((ValueError, RuntimeError), match=sentence):
@@ -156,14 +159,15 @@ def test_a_flag_that_changes_nothing_is_refused():
         **{name: all_but("ffr ffr_visd") for name in
            "kappa alignment_weight train_on score_under".split()},
         **{name: all_but(comparing) for name in
-           "rollouts top_p select no_std dynamic_sampling beta clip_low clip_high ratio".split()},
+           "rollouts top_p select no_std dynamic_sampling beta".split()},
+        **{name: all_but("") for name in ("clip_low", "clip_high", "ratio")},
         **{name: all_but("replay") for name in ("replay_share", "replay_start")},
         **{name: all_but("rlsd visd ffr_visd") for name in "sd_lambda sd_horizon sd_clip".split()}}
-    always = set("""model data video_root eval_data eval_every output method max_completion
+    always = set("""model data samples video_root eval_data eval_every output method max_completion
         max_prompt frames max_pixels max_image_pixels temperature template loss_norm lr warmup_steps
         weight_decay max_grad_norm steps epochs batch_prompts updates_per_batch micro_tokens
         freeze_vision seed save_every keep_checkpoints resume attention dtype cuda_graphs
-        decode_workers decode_seconds frame_cache frame_cache_gb""".split())
+        decoder decode_workers decode_seconds frame_cache frame_cache_gb""".split())
     for name in (f.name for f in fields(train.Config)):
         assert refused(name) == (set() if name in always else table[name]), name
     assert always | table.keys() == {f.name for f in fields(train.Config)}
@@ -171,6 +175,7 @@ def test_a_flag_that_changes_nothing_is_refused():
                           (dict(eval_data=""), "eval_every"), (dict(decode_workers=0),
                                                                "decode_seconds"),
                           (dict(train_on="original"), "score_under"),
+                          (dict(updates_per_batch=2), "clip_high"),
                           (dict(teacher="anthropic", teacher_prompt="negative"), "teacher_rounds")):
         config = replace(train.Config(), model="m", eval_data="e")
         heeded = [methods.useful(c)[flag][0] for c in (config, replace(config, **changes))]
@@ -180,7 +185,8 @@ def test_a_flag_that_changes_nothing_is_refused():
 @pytest.mark.parametrize("name, value, sentence", (
     ("kappa", 30.0, "at most 2"), ("kappa", float("nan"), "negative"), ("lr", float("nan"), "lr"),
     ("clip_low", 1.5, "at most 1"), ("pass_mark", 0.0, "positive"), ("beta", -1.0, "negative"),
-    ("blind_test", -1, "negative"), ("length_low", 600, "--length_high")))
+    ("blind_test", -1, "negative"), ("samples", -1, "negative"),
+    ("length_low", 600, "--length_high")))
 def test_ranges_are_checked(name, value, sentence):
     """Catches: --kappa 30 where 0.30 was meant."""
     with pytest.raises(ValueError, match=sentence):
@@ -305,55 +311,144 @@ def test_a_stop_within_an_evaluation_is_heeded_and_made_up_for(world, tmp_path, 
         assert found == wanted != [], name
 
 
-@pytest.mark.slow
-def test_no_rank_outlives_its_torchrun(world):
-    """Catches: ranks that train on to the end when torchrun was killed."""
-    process = after_step(start(world, "--steps", 500, "--output", "orphans", processes=2), 2)
-    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    handles = [os.pidfd_open(int(pid)) for pid in listed]
-    assert len(handles) == 2
-    process.kill()
-    for handle in handles:
-        poll = select.poll()
-        poll.register(handle, select.POLLIN)
-        assert poll.poll(120_000), "a rank is still there"
-        os.close(handle)
-    steps = len(runs.read_log(world / "orphans/metrics.jsonl"))
-    assert 2 <= steps < 500
-    assert runs.newest_checkpoint(world / "orphans").name == f"step-{steps:06d}"
-    process.wait()
+SMALL = f"""
+import functools, sys
+sys.path.insert(0, {str(ROOT)!r})
+import toy, train
+toy.make = functools.partial(toy.make, train=20, heldout=10, warm=10)
+train.TOY_WARMING |= dict(steps=2, batch_prompts=2, save_every=1, decode_workers=0)
+train.TOY_STUDENT = train.TOY_WARM / "checkpoints/step-000002"
+train.TOY |= dict(steps=4, batch_prompts=2, save_every=1, eval_every=1)
+train.main()
+"""  # python train.py, with a world of 8 clips and few steps
+PLACES = ("world", "warm start", "step", "checkpoint", "evaluation")
+LENGTHS = dict(zip(PLACES, (4.0, 6.0, 3.0, 0.5, 1.5)))  # seconds, about
+
+
+def small(folder, *flags, processes=1, mark="none"):
+    """Start SMALL in a folder; mark: what its processes, however deep, can be known by."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] \
+        if processes > 1 else []
+    folder.mkdir(exist_ok=True)
+    (folder / "small.py").write_text(SMALL)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "MARK": str(mark)}
+    with open(folder / "said.txt", "ab") as said:
+        return subprocess.Popen([sys.executable, *launch, "small.py", *map(str, flags)], cwd=folder,
+                                env=environment, stdout=said, stderr=subprocess.STDOUT)
+
+
+def place(folder):
+    """Return what a run of SMALL is at, by its files."""
+    output = folder / "runs/ffr"
+    if not (folder / "runs/toy/heldout.json").exists():
+        return "world"
+    if not (output / "config.json").exists():
+        return "warm start"
+    if any(output.glob("checkpoints/*.partial")):
+        return "checkpoint"
+    saved = runs.newest_checkpoint(output)
+    done = int(saved.name[5:]) if saved else 0
+    steps = len(runs.read_log(output / "metrics.jsonl"))
+    evaluated = {row["step"] for row in runs.read_log(output / "eval.jsonl")}
+    return "evaluation" if steps == done and done not in evaluated else "step"
+
+
+def kill_in(folder, wanted, victim, process, rng, mark):
+    """Kill at a random moment of the wanted place; return the place that was hit, or None."""
+    def wait(seconds):
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+
+    def environment(number):
+        with suppress(OSError):  # it has ended
+            return Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
+        return []
+
+    def victims():
+        path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        return [int(n) for n in path.read_text().split() if b"RANK=0" in environment(n)
+                or b"RANK=1" in environment(n)] if victim == "rank" else [process.pid]
+
+    while process.poll() is None and (place(folder) != wanted or not victims()):
+        wait(0.01)
+    wait(rng.uniform(0, LENGTHS[wanted]))
+    found = victims() if process.poll() is None else []
+    if found:
+        os.kill(rng.choice(found), signal.SIGKILL)
+    for number in (int(entry) for entry in os.listdir("/proc") if entry.isdigit()):
+        if f"MARK={mark}".encode() in environment(number):
+            with suppress(ProcessLookupError):
+                poll = select.poll()
+                poll.register(os.pidfd_open(number), select.POLLIN)
+                assert poll.poll(120_000), f"process {number} is still there"
+    assert process.wait() == 0 or found, (folder / "said.txt").read_text()
+    return place(folder) if process.wait() else None
+
+
+def same_files(hurt, whole):
+    """Assert that two runs of SMALL have left the same."""
+    logs = {name: [untimed(folder / f"runs/ffr/{name}.jsonl") for folder in (hurt, whole)]
+            for name in ("metrics", "patches", "eval", "bad_samples")}
+    assert all(found == wanted for found, wanted in logs.values()), logs
+    slots = [(row["step"], row["slot"]) for row in logs["patches"][0]]
+    assert len(logs["metrics"][0]) == 4 and slots == sorted(slots, key=lambda pair: pair[0]) != []
+    for name in ("samples.md", "checkpoints/step-000004/model.safetensors",
+                 "checkpoints/step-000004/processor_config.json"):
+        found, wanted = ((folder / "runs/ffr" / name).read_bytes() for folder in (hurt, whole))
+        assert found == wanted, name
+    worlds = [{path.relative_to(folder): path.read_bytes() for path in folder.rglob("*")
+               if path.suffix in (".mp4", ".safetensors") or path.parent == folder and
+               path.suffix == ".json"} for folder in (hurt / "runs/toy", whole / "runs/toy")]
+    assert worlds[0] == worlds[1] and len(worlds[0]) > 10
 
 
 @pytest.mark.slow
-def test_random_kills_lose_nothing(world):
-    """Catches: a moment, in a step, a checkpoint or an evaluation, at which a kill costs files."""
-    flags = ("--steps", 4, "--save_every", 1, "--eval_data", "heldout.json", "--eval_every", 2)
-    finish(start(world, *flags, "--output", "whole"))
-    rng = random.Random(os.environ.get("KILLS_SEED", "0"))
-    process, kills = start(world, *flags, "--output", "hurt"), 0
-    while kills < int(os.environ.get("KILLS", "6")):
-        process.stdout.read(rng.randrange(1, 1500))  # so much of its output, then the kill
-        process.send_signal(signal.SIGKILL)
-        code = process.wait()
-        if code == 0 and (world / "hurt/config.json").exists():
-            break
-        kills += code != 0
-        begun = (world / "hurt/config.json").exists()
-        process = go_on(world, "--output", "hurt") if begun else \
-            start(world, *flags, "--output", "hurt")
-    finish(process)
-    for name in ("metrics", "patches", "eval"):
-        found, wanted = (untimed(world / f"{which}/{name}.jsonl") for which in ("hurt", "whole"))
-        assert found == wanted != [], name
-    weights = [world / f"{which}/checkpoints/step-000004/model.safetensors"
-               for which in ("hurt", "whole")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+def test_two_commands_make_the_toy_world_once(tmp_path):
+    """Catches: two first commands that write one world at once, or train its warm start twice."""
+    both = [small(tmp_path, "--steps", 1, "--eval_data", "", "--method", "grpo") for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0], (tmp_path / "said.txt").read_text()
+    said = (tmp_path / "said.txt").read_text()
+    assert said.count("making the toy world") == said.count("warming the student up") == 1
+    assert said.count("waiting for another command, which is at work on runs/toy") <= 1
+    first, second = (untimed(tmp_path / f"runs/grpo-{n}/metrics.jsonl") for n in (1, 2))
+    assert first == second != [] and not (tmp_path / "runs/grpo-3").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victims", ("process " * 5, "rank torchrun"), ids=("one", "two"))
+def test_random_kills_lose_nothing(tmp_path, victims):
+    """Catches: a moment, in the world's making, a step, a checkpoint or an evaluation, at which a
+    kill costs files or leaves a process behind; two writers of one run; rows in any order.
+
+    KILLED in the environment: other victims, as in "rank rank torchrun"; KILLS_SEED.
+    """
+    victims, seed = os.environ.get("KILLED", victims).split(), os.environ.get("KILLS_SEED", "0")
+    processes, rng = 1 + ("process" not in victims), random.Random(seed)
+    fresh = ("--output", "runs/ffr", "--rollouts", 4, "--decode_workers", 2 - processes)
+    again = ("--resume", "--output", "runs/ffr")
+    assert small(tmp_path / "whole", *fresh, processes=processes).wait() == 0
+    hits, rounds = [], itertools.count()
+    while victims:
+        folder = mark = tmp_path / f"hurt{next(rounds)}"
+        places = sorted(rng.sample(PLACES, min(5, len(victims))), key=PLACES.index)
+        while True:
+            begun = (folder / "runs/ffr/config.json").exists()
+            process = small(folder, *(again if begun else fresh), processes=processes, mark=mark)
+            if not places:
+                break
+            hit = kill_in(folder, places.pop(0), victims[0], process, rng, mark)
+            if hit is None:  # it was faster: there is nothing left to kill
+                break
+            hits.append(f"{victims.pop(0)} in {hit}")
+            print(*hits, sep=", ", flush=True)
+        assert process.wait() == 0, (folder / "said.txt").read_text()
+        same_files(folder, tmp_path / "whole")
 
 
 @pytest.mark.slow
 def test_a_full_disk_is_a_sentence_and_costs_no_checkpoint(world, tmp_path):
     """Catches: a traceback, a partial checkpoint that keeps the disk full, a run that cannot go on;
-    a full cache that ends a run.
+    a full cache that ends a run; a log whose line is torn unsaid.
     """
     small, cache = tmp_path / "small", tmp_path / "cache"
     for folder, size in ((small, "17m"), (cache, "100k")):
@@ -371,12 +466,106 @@ def test_a_full_disk_is_a_sentence_and_costs_no_checkpoint(world, tmp_path):
         left = runs.newest_checkpoint(small / "run")
         assert left.name == "step-000001" and runs.damage(left) == ""
         assert [path.name for path in left.parent.iterdir()] == [left.name]
+        taken = sum(path.stat().st_blocks for path in small.rglob("*")) // 2 + 4
+        subprocess.run(["mount", "-o", f"remount,size={taken}k", small], check=True)
+        output = finish(go_on(world, "--output", small / "run"), 1)
+        assert "Traceback" not in output and re.search(
+            r"\ntrain.py: (patches|metrics)\.jsonl\S* could not be written to .*run \(No space "
+            r"left.*; 0\.0 GiB are free there; .*run is saved up to step-000001; to go on: python "
+            r".*train\.py --resume --output .*run\n$", output), output
+        assert runs.damage(left) == ""
         subprocess.run(["mount", "-o", "remount,size=60m", small], check=True)
         finish(go_on(world, "--output", small / "run"))
         assert [row["step"] for row in runs.read_log(small / "run/metrics.jsonl")] == [0, 1, 2]
     finally:
         for folder in (small, cache):
             subprocess.run(["umount", folder], check=True)
+
+
+def test_the_last_line_says_where_the_run_is_and_what_to_type(world, tmp_path, monkeypatch, capsys):
+    """Catches: an end that leaves one looking for the run, a traceback for Ctrl-C, another code."""
+    def end(name, code):
+        """Return the last line on each of the two streams."""
+        given = {"model": world / "warm/checkpoints/step-000060", "data": world / "train.json",
+                 "video_root": world / "videos", "template": world / "template.txt",
+                 "max_pixels": 56 * 56, "max_completion": 40, "decode_workers": 0, "steps": 2,
+                 "rollouts": 2, "output": tmp_path / name}
+        flags = [part for flag, value in given.items() for part in (f"--{flag}", str(value))]
+        with pytest.raises(SystemExit) as left:
+            train.main(flags)
+            sys.exit(0)
+        assert left.value.code == code
+        return [text.rstrip("\n").rpartition("\n")[2] for text in capsys.readouterr()]
+
+    def goes_on(name, step="its start"):
+        return (f"{tmp_path / name} is saved up to {step}; to go on: python "
+                + shlex.join([sys.argv[0], "--resume", "--output", str(tmp_path / name)]))
+
+    def breaking(error):
+        def update(run, *rest):
+            if run.step == 1:
+                raise error
+            return done(run, *rest)
+        return update
+
+    done, newest = train.update, tmp_path / "run/checkpoints/step-000002"
+    assert end("run", 0)[0] == f"finished: {tmp_path / 'run'}; to use it: --model {newest}"
+    assert end("run", 2)[1] == (f"train.py: --output {tmp_path / 'run'} already holds a run: add "
+                                "--resume to go on with it, or name another folder")
+    monkeypatch.setattr(train, "update", lambda *rest: (os.kill(os.getpid(), signal.SIGTERM),
+                                                        done(*rest))[1])
+    assert end("stopped", 143)[0] == goes_on("stopped", "step-000001")
+    for code, error in ((1, OSError("no space")), (130, KeyboardInterrupt()),
+                        (1, FloatingPointError("not finite")), (2, ValueError("sample 3: wrong"))):
+        monkeypatch.setattr(train, "update", breaking(error))
+        name = type(error).__name__
+        assert end(name, code)[1] == f"train.py: {str(error) or 'stopped'}; {goes_on(name)}"
+    monkeypatch.setattr(train, "update", breaking(RuntimeError("unforeseen")))
+    with pytest.raises(RuntimeError) as caught:  # its traceback ends with its notes
+        end("unforeseen", 1)
+    assert caught.value.__notes__ == [goes_on("unforeseen")]
+    monkeypatch.setattr(train.Student, "load", lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM))
+    assert end("never begun", 143)[1] == "train.py: stopped; the same command begins anew"
+    assert not (tmp_path / "never begun").exists()
+
+
+def test_a_bad_sample_is_told_once_and_counted_alike_after_a_stop(world, tmp_path, monkeypatch):
+    """Catches: lines of bad_samples.jsonl lost or doubled by a stop, an evaluation's bad files in
+    the count of training, a run that finds its first sample bad after --resume and gives up.
+    """
+    held, rows = (json.loads((world / f"{name}.json").read_text())[:4] for name in
+                  ("heldout", "train"))
+    for row, path in ((held[0], "held"), (rows[1], "bad"), (rows[2], "gone")):
+        row["path"] = str(tmp_path / f"{path}.mp4")
+    rows[3]["evidence"] = [{"start": 500, "end": 501}]
+    for name in ("held", "bad"):
+        (tmp_path / f"{name}.mp4").write_bytes(b"no video")
+    for name, content in (("rows", rows), ("held", held)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    config = config_of(world, tmp_path / "straight", data=str(tmp_path / "rows.json"), save_every=1,
+                       eval_data=str(tmp_path / "held.json"), steps=6, eval_every=1, rollouts=2,
+                       batch_prompts=3)
+    run(config)
+    log, done = runs.read_log(tmp_path / "straight/bad_samples.jsonl"), train.update
+    assert sorted((row["id"], row["step"]) for row in log) == sorted(
+        (row["problem_id"], step) for row, step in ((rows[2], -1), (held[0], 0), *(
+            (row, next(made["step"] for made in log if made["id"] == row["problem_id"]))
+            for row in (rows[1], rows[3]))))
+    for at in range(6):
+        def stopping(run, *rest, at=at):
+            if run.step == at:
+                raise OSError("killed")
+            return done(run, *rest)
+
+        monkeypatch.setattr(train, "update", stopping)
+        with pytest.raises(OSError, match="killed"):
+            run(replace(config, output=str(tmp_path / "hurt"), resume=at > 0))
+    monkeypatch.setattr(train, "update", done)
+    run(replace(config, output=str(tmp_path / "hurt"), resume=True))
+    for name in ("bad_samples", "metrics", "eval"):
+        hurt, straight = (untimed(tmp_path / f"{which}/{name}.jsonl")
+                          for which in ("hurt", "straight"))
+        assert hurt == straight != [], name
 
 
 def test_a_checkpoint_says_what_it_was_trained_to_be_asked_with(world, tmp_path, monkeypatch,
@@ -447,3 +636,65 @@ def test_clipping_is_counted_over_all_updates(world, tmp_path):
     row, = run(config_of(world, tmp_path / "run", steps=1, updates_per_batch=4, clip_low=1e-3,
                          clip_high=1e-3, lr=1e-3))
     assert row["clip_fraction"] > 0
+
+
+def two_files(world, folder):
+    """Write the toy's rows as two files whose rows go by the same numbers; one has no media."""
+    rows = json.loads((world / "train.json").read_text())
+    rows = [{k: v for k, v in row.items() if k != "problem_id"} for row in rows]
+    rows[20]["path"] = "nowhere.mp4"
+    shutil.copytree(world / "videos", folder / "videos")
+    for name, part in (("a", rows[:10]), ("b", rows[10:])):
+        (folder / f"{name}.json").write_text(json.dumps(part))
+    ids = [f"1/{i}" for i in range(10)] + [f"2/{i}" for i in range(14)]
+    return f"{folder}/a.json,{folder}/b.json", dict(zip(ids, rows))
+
+
+def test_samples_of_several_files_are_drawn_by_the_seed_and_written_down(world, tmp_path):
+    """Catches: the first N rows; rows of two files with one id; a drawn row without its media; a
+    list that cannot be trained on again, or from which other samples or rollouts come.
+    """
+    paths, rows = two_files(world, tmp_path)
+    drawn = {}
+    for name, more in (("one", {}), ("again", {}), ("other", dict(seed=1))):
+        config = config_of(world, tmp_path / name, data=paths, samples=12, save_every=1,
+                           video_root=str(tmp_path / "videos"), **more)
+        run(config)
+        drawn[name] = runs.read_log(tmp_path / name / "data.jsonl")
+    assert drawn["one"] == drawn["again"] != drawn["other"]
+    for found in drawn.values():
+        ids = [row.pop("problem_id") for row in found]
+        assert found == [rows[id] for id in ids] and len(set(ids)) == 12
+        assert ids == sorted(ids, key=list(rows).index) != list(rows)[:12] and "2/10" not in ids
+        assert {id[0] for id in ids} == {"1", "2"}
+    assert [row["reason"] for row in runs.read_log(tmp_path / "one/bad_samples.jsonl")] == [
+        "no such file"]
+    config = config_of(world, tmp_path / "whole", data=str(tmp_path / "one/data.jsonl"),
+                       video_root=str(tmp_path / "videos"))
+    assert [untimed(tmp_path / name / "metrics.jsonl") for name in ("one", "again")] == 2 * [
+        [{k: v for k, v in row.items() if k not in TIMINGS} for row in run(config)]]
+    with pytest.raises(ValueError, match="--samples 24: only 23 samples of --data .* have a media"):
+        run(replace(config, data=paths, samples=24, output=str(tmp_path / "none")))
+    with pytest.raises(ValueError, match="--data .*c.json: there is no such file"):
+        run(replace(config, data=f"{paths},{tmp_path}/c.json", output=str(tmp_path / "none")))
+    with pytest.raises(ValueError, match="^--data is missing"):
+        run(replace(config, data=",", output=str(tmp_path / "none")))
+
+
+@pytest.mark.parametrize("samples", (0, 12))
+def test_a_run_on_several_files_resumes_to_the_same_or_not_at_all(world, tmp_path, samples):
+    """Catches: another subset or order after a stop, because a medium has come or gone since."""
+    paths, rows = two_files(world, tmp_path)
+    config = config_of(world, tmp_path / "run", data=paths, samples=samples, steps=3, save_every=1,
+                       video_root=str(tmp_path / "videos"))
+    run(config)
+    straight = untimed(tmp_path / "run/metrics.jsonl")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000003")
+    before, gone = fingerprint(tmp_path / "run"), rows["1/0"]["path"]
+    (tmp_path / "videos" / gone).rename(tmp_path / gone)
+    with pytest.raises(ValueError, match="--video_root .* is not what the run in"):
+        run(replace(config, resume=True))
+    (tmp_path / gone).rename(tmp_path / "videos" / gone)
+    assert fingerprint(tmp_path / "run") == before
+    run(replace(config, resume=True))
+    assert untimed(tmp_path / "run/metrics.jsonl") == straight

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -39,6 +40,23 @@ def test_cut_drops_later_steps_and_torn_lines_only(tmp_path):
     with pytest.raises(ValueError, match=r"log.jsonl, line 2, is not JSON"):
         runs.read_log(path)
     assert runs.read_log(tmp_path / "nothing.jsonl") == []
+
+
+@pytest.mark.quick
+def test_a_line_that_does_not_fit_is_an_error(tmp_path):
+    """Catches: a disk that takes half a line, which is said by nobody and joins the next one."""
+    path, before = tmp_path / "log.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    runs.append(path, {"step": 0})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"^log.jsonl could not be written to .*File too large"):
+            runs.append(path, {"step": 1, "text": 60 * "a"})
+        with pytest.raises(OSError, match="^whole.json.partial could not be written to .*GiB are free"):
+            runs.write_whole(tmp_path / "whole.json", 60 * "a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [row["step"] for row in runs.read_log(path)] == [0]
+    assert [file.name for file in tmp_path.iterdir()] == ["log.jsonl"]
 
 
 DAMAGE = {  # bytes where JSON should stand -> what is said, and of which line

@@ -67,9 +67,11 @@ def test_finished_runs_are_not_started_again(stub):
 
 def test_a_failing_run_is_named_and_the_others_go_on(stub, capsys):
     """Catches: one crash that ends the study, or that nobody hears of; a misspelt --only."""
-    with pytest.raises(SystemExit, match="2 runs failed"):
+    with pytest.raises(SystemExit, match="1"):
         run(stub, "--only", "grpo_lr_3e-5,grpo")
-    assert "0.99/grpo_lr_3e-5-0 FAILED, exit code 1: no space left\n" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "0.99/grpo_lr_3e-5-0 FAILED, exit code 1: no space left\n" in said.out
+    assert said.err == "lab.study: 2 runs failed; the same command tries them again\n"
     assert calls(stub) == ["start", "grpo_lr_3e-5-0", "grpo-0", "grpo_lr_3e-5-1", "grpo-1"]
     table = (stub / "study.md").read_text()
     assert "| grpo | `--method grpo` | 2 |  | 50.0 ± 0.0 |" in table
@@ -77,6 +79,9 @@ def test_a_failing_run_is_named_and_the_others_go_on(stub, capsys):
     with pytest.raises(SystemExit):
         run(stub, "--only", "gpro")
     assert "no condition is called gpro" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        run(stub, "--onyl", "grpo")
+    assert "unknown: --onyl; did you mean --only?" in capsys.readouterr().err
 
 
 def write_run(output, name, after, metrics, evaluated=(0, 4, 8), **settings):
