@@ -307,11 +307,8 @@ def comparison(rows_: Rows) -> str:
     return f"### {b} minus {a}\n\n" + markdown(["", "points", "95 % interval", "n"], body)
 
 
-def without_video(runs: Sequence[Run]) -> list[list[str]]:
-    """Return lines of a table: runs beside their student's blind runs, on what both answer.
-
-    Shares right with the video, without it, and with it where the blind run was wrong; questions.
-    """
+def without_video(runs: Sequence[Run]) -> list[str]:
+    """Return a table of runs beside their student's blind runs, on what both score; or no table."""
     body, found = [], {(r.config.label, column(r), r.config.seed): r for r in runs}
     for (label, name, seed), run in found.items():
         blind = found.get((run.config.label_blind, name, seed), run)
@@ -325,7 +322,8 @@ def without_video(runs: Sequence[Run]) -> list[list[str]]:
                       for r, part in ((run, both), (blind, both), (run, missed)))
             body.append([f"{label}, {name}, seed {seed}, {convention}", *map(percent, shares),
                          str(len(both)), str(len(missed))])
-    return body
+    head = ["", "accuracy", "blind", "where blind is wrong", "n", "n of these"]
+    return ["### with and without the video\n\n" + markdown(head, body)] if body else []
 
 
 def overlap(path: str, questions: Sequence[Question]) -> str:
@@ -400,10 +398,7 @@ def table(argv: Sequence[str]) -> str:
     parts.append("### answers\n\n" + markdown(
         ["", *tally([], {}), *(f"{c}{which}" for c in CONVENTIONS
                                for which in ("", ", of those answered"))], body))
-    parts += gained_knowledge(rows_)
-    if body := without_video(runs):
-        parts.append("### with and without the video\n\n" + markdown(
-            ["", "accuracy", "blind", "where blind is wrong", "n", "n of these"], body))
+    parts += gained_knowledge(rows_) + without_video(runs)
     if len(rows_) == 2:
         parts.append(comparison(rows_))
     if options.details:

@@ -135,9 +135,11 @@ def run_all(output: Path, starts: list[str], seeds: list[str], only: list[str], 
                   flush=True)
     except KeyboardInterrupt as error:
         error.add_note("the same command goes on")
-        for process in list(UNDER_WAY):  # they save and stop
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(UNDER_WAY):
             process.terminate()
-        pool.shutdown(cancel_futures=True)
+        for process in list(UNDER_WAY):  # it saves and stops
+            process.wait()
         raise
     return failed
 

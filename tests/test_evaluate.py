@@ -17,6 +17,7 @@ import students
 import torch
 from conftest import sample
 from messages_server import Fault, MessagesServer
+from transformers import AutoTokenizer
 
 import data
 import evaluate
@@ -712,9 +713,10 @@ def controls(world, tmp_path_factory):
     return folder, seen
 
 
-def test_controls_change_what_a_student_is_shown_and_nothing_else(controls):
+def test_controls_change_what_a_student_is_shown_and_nothing_else(world, controls):
     """Catches: --blind that still shows frames or asks otherwise; shuffled frames in order, or with
-    times out of order; one frame that is not the middle one, or is shown as several.
+    times out of order; one frame that is not the middle one, or is shown as several; a direct
+    answer that is asked for in the usual wording.
     """
     seen, mixed = controls[1], 0
     assert [len(seen[name]) for name in seen] == 5 * [40]
@@ -734,6 +736,12 @@ def test_controls_change_what_a_student_is_shown_and_nothing_else(controls):
         third, twice = plain.pixels.view(t, h * w, 3, 2, -1)[1], one.pixels.view(h * w, 3, 2, -1)
         assert torch.equal(twice, third[:, :, :1].expand(-1, -1, 2, -1))
     assert mixed > 0
+    tokenizer, asked = AutoTokenizer.from_pretrained(world / "student"), {}
+    for name in ("plain", "direct"):
+        asked[name] = [tokenizer.decode(prefix.ids) for prefix in seen[name]]
+    assert all("Think, then answer" in text for text in asked["plain"])
+    assert all("Give the answer alone, without reasoning" in text and "Think" not in text
+               for text in asked["direct"])
 
 
 def test_controls_are_rows_of_their_own_and_stand_beside_the_blind_run(world, controls):
@@ -773,6 +781,8 @@ def test_accuracy_stands_beside_blind_accuracy_and_that_where_blind_is_wrong(wor
                 {q.id: f"<answer>{x}</answer>" for q, x in zip(questions, letters)})
     other = replace(given["holmes"], frames=16, max_pixels=784)  # no matter to a blind run
     written(tmp_path / "other", other, questions, {q.id: "E" for q in questions})
+    direct = replace(given["holmes"], direct=True)  # another wording, of which no blind run is here
+    written(tmp_path / "direct", direct, questions, {q.id: "E" for q in questions})
     vsi = [replace(q, id=str(i), answer=gold) for i, (q, gold) in enumerate(
         (load(config(world, "vsibench", "x"))[k], gold) for k, gold in ((0, "2"), (0, "4"),
                                                                         (5, "A"), (5, "A")))]
@@ -787,6 +797,7 @@ def test_accuracy_stands_beside_blind_accuracy_and_that_where_blind_is_wrong(wor
     assert found == {("4 frames", "holmes"): ["75.0", "25.0", "66.7", "4", "3 |"],
                      ("16 frame", "holmes"): ["0.0", "25.0", "0.0", "4", "3 |"],
                      ("4 frames", "vsibench"): ["62.5", "32.5", "75.0", "4", "3 |"]}
+    assert len(lines) == 3
 
 
 def test_an_api_model_is_asked_without_the_video_or_directly(world, tmp_path, monkeypatch):
@@ -794,16 +805,15 @@ def test_an_api_model_is_asked_without_the_video_or_directly(world, tmp_path, mo
     monkeypatch.setenv("ANTHROPIC_API_KEY", "none")
     with MessagesServer(lambda body: says("<answer>A</answer>")) as server:
         given = dict(model="anthropic:glm", api_url=server.url, template=None)
-        evaluate.evaluate(config(world, "holmes", tmp_path / "blind", blind=True,
-                                 video_root=None, **given))
-        evaluate.evaluate(config(world, "holmes", tmp_path / "direct", direct=True, **given))
-        evaluate.evaluate(config(world, "holmes", tmp_path / "one", frames_shown="one", **given))
+        for name, more in (("blind", dict(blind=True, video_root=None)), ("direct", dict(
+                direct=True)), ("one", dict(frames_shown="one"))):
+            evaluate.evaluate(config(world, "vsibench", tmp_path / name, **given | more))
         contents = [body["messages"][0]["content"] for body in server.bodies]
         images = [sum(block["type"] == "image" for block in content) for content in contents]
-        assert images == 4 * [0] + 4 * [4] + 4 * [1]
+        assert images == 12 * [0] + 12 * [4] + 12 * [1]
         assert [("<think>" in text_of(body), "without reasoning" in text_of(body))
-                for body in server.bodies[::4]] == [(True, False), (False, True), (True, False)]
-        assert "frame 0, 1.88 s" in text_of(server.bodies[8])  # of 0, 1, 1.875 and 2.875 s
+                for body in server.bodies[::12]] == [(True, False), (False, True), (True, False)]
+        assert "frame 0, 1.88 s" in text_of(server.bodies[24])  # of 0, 1, 1.875 and 2.875 s
 
 
 def test_every_question_has_an_order_of_its_own_that_the_seed_repeats():
