@@ -51,7 +51,7 @@ def test_a_line_that_does_not_fit_is_an_error(tmp_path):
     try:
         with pytest.raises(OSError, match=r"^log.jsonl could not be written to .*File too large"):
             runs.append(path, {"step": 1, "text": 60 * "a"})
-        with pytest.raises(OSError, match="^whole.json.partial could not be written .*GiB are free"):
+        with pytest.raises(OSError, match="^whole.json.partial could not be .*GiB are free"):
             runs.write_whole(tmp_path / "whole.json", 60 * "a")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
