@@ -321,6 +321,11 @@ def decoded(config: Config, loader: Any, questions: list[Question], batch: int,
             yield ready
 
 
+def reader(sample: Any) -> str:
+    """Return what read a sample's file, "" for a question without its video."""
+    return sample.clip.reader if sample.clip else ""
+
+
 def controlled(config: Config, sample: Any) -> Any:
     """Return a sample with its frames as --frames_order and --frames_shown want them."""
     if config.frames_order == "shuffled":
@@ -364,11 +369,11 @@ class Asked:
             cache = self.student.prefill([group.prefix for group in groups])
             ffr.find(self.student, cache, groups, self.prompts.header, unscored, None, key,
                      config.tries, self.sampling)
-            for (q, _), group in zip(part, groups):
+            for (q, sample), group in zip(part, groups):
                 first, *others = (slot.first for slot in group.slots)
                 right = [passed("own", q, one.text) for one in (first, *others) if others]
                 write(q, first.text, tokens=len(first.ids_C), finished=first.finished,
-                      **{"right": sum(right)} if others else {})
+                      reader=reader(sample), **{"right": sum(right)} if others else {})
 
     def repair(self, guide: Any, questions: list[Question], answers: dict, write: Callable) -> None:
         """Answer each again with the teacher's (guide's) patch to its answer; an upper bound."""
@@ -487,11 +492,11 @@ def answer_by_api(config: Config, questions: list[Question], write: Callable) ->
     loader, failures = make_loader(config, 28), []
     with closing(loader), ThreadPoolExecutor(REQUESTS) as pool, closing(client):
         for part in decoded(config, loader, questions, REQUESTS, write):
-            for (q, _), (text, more) in zip(part, pool.map(ask, part)):
+            for (q, sample), (text, more) in zip(part, pool.map(ask, part)):
                 if text is None:
                     failures.append(more)
                 else:
-                    write(q, text, tokens=more)
+                    write(q, text, tokens=more, reader=reader(sample))
     return failures
 
 

@@ -289,8 +289,13 @@ LINE_SEPARATORS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}  # fo
 
 
 def append(path: Path, row: dict | str) -> None:
-    """Add an object to a JSONL file, or text to another; OSError where that cannot be."""
-    data = json_line(row) if isinstance(row, dict) else row.encode("utf-8", "backslashreplace")
+    """Add an object to a JSONL file, one line whatever its texts hold, or a text to another file.
+
+    OSError where that cannot be.
+    """
+    text = row if isinstance(row, str) else \
+        json.dumps(row, ensure_ascii=False).translate(LINE_SEPARATORS) + "\n"
+    data = text.encode("utf-8", "backslashreplace")  # half a character has no bytes
     try:
         with open(path, "ab", buffering=0) as file:
             while data:  # a disk that gets full takes a part first
@@ -306,12 +311,6 @@ def unwritten(what: str, folder: Path, error: BaseException) -> OSError:
     free = shutil.disk_usage(folder).free / 2**30
     return OSError(f"{what} could not be written to {folder} ({why}); {free:.1f} GiB are free "
                    "there; what was saved before is whole")
-
-
-def json_line(row: dict) -> bytes:
-    """Return an object as one line, whatever its texts hold: half characters, line separators."""
-    text = json.dumps(row, ensure_ascii=False).translate(LINE_SEPARATORS)
-    return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
 def read_log(path: str | Path) -> list[dict]:
@@ -476,6 +475,7 @@ def metrics(step: int, ranks: list[dict]) -> dict:
         "teacher": {name: add(name, "teacher") for name in ranks[0]["teacher"]},
         "unpatched_share": sum(reasons.values()) / asked if asked else None,
         "unpatched_by_reason": dict(reasons.most_common()),
+        "readers": dict(sum((r["readers"] for r in ranks), Counter())),
         "tokens_per_second": sum(r["sampled"] for r in ranks) / (sampling or 1.0),
         "peak_memory_gb": max(r["memory"] for r in ranks),
         "seconds": {name: seconds.get(name, 0.0) for name in names}}

@@ -574,10 +574,8 @@ def stop_if_broken(run: Run, broken: list[str], norm: float, turn: int) -> None:
         run.optimizer.zero_grad()
         if turn == 0:
             save(run)
-        kept = newest_checkpoint(run.output)
         raise FloatingPointError(
-            f"step {run.step}, update {turn + 1}: the loss or its gradient is not finite; the run "
-            f"is saved up to {kept.name if kept else 'its start'}; samples: "
+            f"step {run.step}, update {turn + 1}: the loss or its gradient is not finite; samples: "
             f"{', '.join(broken) or 'any of this step'}")
 
 
@@ -654,6 +652,7 @@ def log(run: Run, groups: list[ffr.Group], sums: dict, phases: Phases) -> tuple[
         "seconds": phases.all(), "bad": run.bad,
         "sampled": sum(len(rollout.ids_C) for rollout in both), "memory": peak_memory(run.device),
         "teacher": run.taught(), "stop": run.stopper.asked, "reasons": reasons,
+        "readers": Counter(group.sample.clip.reader for group in groups),
         "unusable": run.unusable, "patches": [patch_row(run.step, *one) for one in asked]})
     row = metrics(run.step, ranks)
     run.note_bad([r["unusable"] for r in ranks])

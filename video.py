@@ -401,7 +401,7 @@ def _on_white(image):
 
 def still(frames_1chw: Tensor) -> Clip:
     """Return the clip of one image."""
-    return Clip(frames_1chw, (0.0,), (0,), 1.0, 0.0, 1)
+    return Clip(frames_1chw, (0.0,), (0,), 1.0, 0.0, 1, "pillow")
 
 
 def frame_indices(total: int, frames: int) -> list[int]:

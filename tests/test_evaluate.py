@@ -503,10 +503,12 @@ def test_a_stop_keeps_what_is_answered_and_says_how_to_go_on(world, tmp_path, mo
             yield part
 
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *given])
+    heeded = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & turns it off
     with monkeypatch.context() as patched:
         patched.setattr(evaluate, "decoded", stopping)
         with pytest.raises(SystemExit) as left:
             evaluate.main(given)
+    signal.signal(signal.SIGINT, heeded)
     assert left.value.code == 128 + number and len(rows(tmp_path / "run")) == 5
     said, again = capsys.readouterr().err, shlex.join(["evaluate.py", *given, "--resume"])
     assert said.endswith(f"\nevaluate.py: stopped; 7 of 12 questions in {tmp_path / 'run'} lack an "

@@ -322,7 +322,7 @@ train.TOY |= dict(steps=4, batch_prompts=2, save_every=1, eval_every=1)
 train.main()
 """  # python train.py, with a world of 8 clips and few steps
 PLACES = ("world", "warm start", "step", "checkpoint", "evaluation")
-LENGTHS = dict(zip(PLACES, (4.0, 6.0, 3.0, 0.5, 1.5)))  # seconds, about
+LENGTHS = dict(zip(PLACES, (3.0, 3.0, 2.0, 0.2, 0.8)))  # seconds, about
 
 
 def small(folder, *flags, processes=1, mark="none"):

@@ -206,6 +206,17 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_samples(world, tmp_path, 
     assert all(p.isfinite().all() for p in saved.parameters())
 
 
+def test_a_run_says_what_read_its_files(world, tmp_path):
+    """Catches: a file read in another way after an error, and nothing in the run that shows it."""
+    rows = json.loads((world / "train.json").read_text())[:2]
+    film = make_video(tmp_path / "untimed.avi", 8, (56, 56))
+    data = [dict(rows[0], path=film, evidence=[]), rows[1]]
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    row, = run(config_of(world, tmp_path / "run", data=str(tmp_path / "data.json"), steps=1,
+                         batch_prompts=2, method="grpo"))
+    assert row["readers"] == {"pyav in order": 1, "pyav": 1}
+
+
 def test_reference_and_policy_score_under_the_same_observation(world, tmp_path, monkeypatch):
     """Catches: a KL between π_θ under (x, c) and π_ref under x: before the first update it must be
     zero.
