@@ -708,7 +708,8 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     with one_sentence("evaluate.py"):
         if argv[:1] == ["table"]:
-            return print(table(argv[1:]))
+            return print(table(argv[1:]), "each run's own figures: " + typed(*argv, "--details"),
+                         sep="\n\n")
         config, given = parse(Config, argv, __doc__.split("\n\n")[0])
         check(config)
         refuse_useless(config, given)

@@ -459,7 +459,8 @@ def main(argv: list[str] | None = None) -> None:
         found = audit(rows, args.price or price_of(path.parent))
         print_audit(found)
         path.with_name("audit.json").write_text(json.dumps(found, indent=1) + "\n")
-        print(f"as JSON: {path.with_name('audit.json')}")
+        print(f"as JSON: {path.with_name('audit.json')}; some to read: python guard.py {args.run} "
+              "--draw 20")
         if args.draw:
             draw(rows, args.draw, path.with_name("patches_drawn.md"))
             print(f"{args.draw} patches to read: {path.with_name('patches_drawn.md')}")
