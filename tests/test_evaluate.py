@@ -560,7 +560,8 @@ def test_an_api_model_is_asked_with_frames_and_only_once(world, tmp_path, monkey
         report = evaluate.evaluate(given(resume=True))
         assert " 0 unanswered" in report and len(server.seen) == 13
         assert rows(tmp_path / "run")["5"] == {
-            "id": "5", "text": "<think>I see.</think><answer>A</answer>", "tokens": 12}
+            "id": "5", "text": "<think>I see.</think><answer>A</answer>", "tokens": 12,
+            "reader": "pyav"}
         assert "anthropic:glm" in results.table([str(tmp_path / "run")])
         (tmp_path / "run/answers.jsonl").unlink()  # they are in the cache as well
         assert evaluate.evaluate(given(resume=True)) == report and len(server.seen) == 13
