@@ -1,12 +1,12 @@
 """The leak guard: what a patch may not give away, and the audit of a run's patches.
 
     problem = leak(patch, sample, response)    "direct: ..." (the answer), "partial: ...", "unread:
-                                               ..." (in other letters than Latin) or ""
-    problem = await blind_leak(patch, sample, guess, known)    the same by a model without the video
+                                               ..." (not in English) or ""
+    problem = await blind_leak(patch, sample, guess)    the same by a model without the video
     python guard.py RUN                        leaks, error types, repairs and cost of a run
 
 The paper trusts its prompts to keep answers out of patches (Table 5); the rules here check. They
-know English alone: other letters are for the blind test (--blind_test), or refused.
+know English alone: what is in another language is for the blind test (--blind_test), or refused.
 """
 
 import argparse
@@ -68,6 +68,11 @@ ADVICE = set(  # advice begins with one of these; any other sentence states some
     " watch write zoom".split()
 )
 PERCEIVED = "see notice find spot hear recognise recognize".split()  # "Can you see the planks?"
+LATIN = set(  # common words of Spanish, French, German, Italian and Portuguese, none of English
+    "el los las del una un que por para con su sus es le les du une est et dans pour sur der das"
+    " und den dem ein eine mit von ist nicht il gli che della di em uma os na al se si ne la de en"
+    " lo".split()
+)
 POLAR = ("is are was were do does did has had can isn't aren't wasn't weren't don't doesn't didn't"
          " hasn't can't couldn't won't would wouldn't have").split()
 OPENING = "after at before by during for from if in on once over when while with".split()
@@ -104,7 +109,7 @@ TOLD = {  # what no patch may say, whatever the question
     r"|\bframe #?\d+\b(?! ?(to|and|through|until|,|-|–) ?(frame )?\d)",
     "partial: tells of somebody": r", (who|which|whose) (?!of\b)",
 }
-STATED, UNREAD = "partial: states what is to be seen", "unread: not in Latin letters"
+STATED, UNREAD = "partial: states what is to be seen", "unread: not in English"
 
 
 @functools.cache
@@ -160,9 +165,19 @@ def leak(patch: Patch, sample: Any, response: str) -> str:
     told = [what for what, pattern in TOLD.items() if re.search(pattern, text)]
     direct = [what for what in told if what.startswith("direct")]
     found = [*direct, tells_answer(text, sample, response), _tells_place(patch, sample), *told]
-    unread = re.search(r"[^\W\d_\u0000-\u024f]{2}", text)  # letters that English does not have
-    stated = UNREAD if unread else STATED if states(guidance) else ""
+    stated = UNREAD if foreign(text) else STATED if states(guidance) else ""
     return next(filter(None, found), stated)
+
+
+def foreign(text: str) -> bool:
+    """Return whether a clause is in another language than English, as far as a rule can tell."""
+    def other(clause):
+        heads = re.findall(r"[^\W\d_]+", clause)
+        known = sum(word in EMPTY or word in ADVICE for word in heads)
+        return sum(word in LATIN for word in heads) > known
+
+    return bool(re.search(r"[^\W\d_\u0000-\u024f]{2}", text)) or any(
+        map(other, re.split(r"[.;!?:]\s+", text)))
 
 
 def _bare(text: str) -> str:
