@@ -114,6 +114,7 @@ class Video:
         with _opened(path) as (container, stream):
             stamps, last = (self._decode if in_order else self._index)(container, stream)
             rate, tick = stream.average_rate or stream.guessed_rate, stream.time_base
+            whole = _seconds(container, stream)
         if stamps is None:
             if not rate:
                 raise ValueError("it has neither a frame rate nor timestamps")
@@ -122,6 +123,9 @@ class Video:
         mean = seconds[-1] / (len(seconds) - 1) if len(seconds) > 1 else 1 / (rate or 1)
         seconds.append(seconds[-1] + float(last * tick or mean))
         self.times = [round(t, 4) for t in seconds]
+        late = max(float(stamps[0] * tick), 0.0)  # some containers count from 0 all the same
+        if not self.damage and late + seconds[-1] < 0.9 * whole:  # others than mp4 just end
+            self.damage = f"{seconds[-1]:.1f} of {whole:.1f} s readable"
 
     def _index(self, container, stream):
         """Learn frames from packets; return their timestamps and how long the last one lasts."""
@@ -223,8 +227,23 @@ def _one_time(container):
 
 
 def _promised(container, stream):
-    """Return how many frames a container says it has, 0 if it does not say; avi counts gaps too."""
-    return stream.frames if "mp4" in container.format.name else 0
+    """Return how many packets an mp4's table names, without those that its edit list cuts off."""
+    return len(stream.index_entries) if "mp4" in container.format.name else 0
+
+
+def _seconds(container, stream):
+    """Return how long a container says that its video is, 0 if it does not say.
+
+    An mp4 counts what an edit list hides; the length of several streams may be another's.
+    """
+    if "mp4" in container.format.name:
+        return 0.0
+    if said := re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", stream.metadata.get("DURATION", "")):
+        hours, minutes, seconds = map(float, said.groups())
+        return 3600 * hours + 60 * minutes + seconds
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    return (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0
 
 
 def _frames(container, stream, start=None):
@@ -250,10 +269,8 @@ def _decoded(container, stream, start=None):
             if single or packet.pts is None:
                 packet.pts = packet.dts
             waiting = waiting and (not packet.is_keyframe if start is None else packet.pts != start)
-            if waiting:
-                continue
             try:
-                frames = packet.decode()
+                frames = [] if waiting else packet.decode()
             except av.FFmpegError:
                 frames = None
             yield packet, frames

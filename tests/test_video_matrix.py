@@ -101,6 +101,7 @@ def at(truth, seconds):
 
 def check(clip, truth, positions):
     """See that a clip shows the frames at these positions of the truth, and says when."""
+    assert not clip.damage or "of 60.0 s" in clip.damage or "of 192.0 s" in clip.damage
     numbers = [number(frame) for frame in clip.frames]
     assert numbers == [truth[i][0] for i in positions]
     assert clip.times == pytest.approx([truth[i][1] for i in positions], abs=MILLISECOND)
@@ -445,6 +446,7 @@ def test_a_truncated_file_is_used_as_far_as_it_goes(codec, container, loader, tm
         elif len(whole) > 0.6 * FRAMES:
             assert found, reason
         if found:
+            assert container not in ("mkv", "webm") or percent > 85 or found.clip.damage
             numbers = [number(frame) for frame in found.clip.frames]
             assert numbers == [whole[i] for i in spread(0, len(whole) - 1, 16)], percent
             assert found.clip.times == pytest.approx([n / 25 for n in numbers], abs=MILLISECOND)
