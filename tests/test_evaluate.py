@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import students
 import torch
-from conftest import sample
+from conftest import make_video, sample
 from messages_server import Fault, MessagesServer
 from transformers import AutoTokenizer
 
@@ -190,6 +191,19 @@ def test_other_seeds_answer_otherwise_and_other_settings_are_refused(world, plai
     (tmp_path / "run/questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in other[:-1]))
     with pytest.raises(ValueError, match="was about other questions"):
         evaluate.evaluate(config(world, "holmes", tmp_path / "run", seed=1, resume=True))
+
+
+def test_a_damaged_video_is_named_and_used(world, tmp_path, capsys):
+    """Catches: a film that breaks off taken for a shorter one, with nothing that says so."""
+    root = tmp_path / "videos"
+    miniature.clip(root / "vidA.mp4", world / "source.mp4")
+    whole = Path(make_video(tmp_path / "whole.mkv", 24, (56, 56))).read_bytes()
+    (root / "vidB.mp4").write_bytes(whole[:len(whole) * 8 // 10])
+    report = evaluate.evaluate(config(world, "holmes", tmp_path / "run", video_root=root))
+    assert "4 questions, 0 missing, 0 undecodable, 0 unanswered" in report
+    assert f"{root / 'vidB.mp4'}: " in (said := capsys.readouterr().out)
+    assert re.search(r"vidB.mp4: \d\.\d of 3\.0 s readable", said) and "vidA" not in said
+    assert {row["reader"] for row in rows(tmp_path / "run").values()} <= {"pyav", "pyav in order"}
 
 
 def test_missing_and_broken_videos_cost_their_questions_only(world, tmp_path, capsys):

@@ -215,6 +215,9 @@ def test_a_run_says_what_read_its_files(world, tmp_path):
     row, = run(config_of(world, tmp_path / "run", data=str(tmp_path / "data.json"), steps=1,
                          batch_prompts=2, method="grpo"))
     assert row["readers"] == {"pyav in order": 1, "pyav": 1}
+    row, = run(config_of(world, tmp_path / "decord", steps=1, batch_prompts=2, method="grpo",
+                         decoder="decord"))
+    assert row["readers"] == {"decord": 2}
 
 
 def test_reference_and_policy_score_under_the_same_observation(world, tmp_path, monkeypatch):
