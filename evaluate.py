@@ -706,7 +706,7 @@ def conclusion(config: Config) -> tuple[int, str]:
 def main(argv: list[str] | None = None) -> None:
     """Evaluate what the command line says, or print a table over runs."""
     argv = sys.argv[1:] if argv is None else argv
-    with one_sentence("evaluate.py"):
+    with one_sentence("evaluate.py", "more processes, --batch, --max_completion, --frames"):
         if argv[:1] == ["table"]:
             return print(table(argv[1:]), "each run's own figures: " + typed(*argv, "--details"),
                          sep="\n\n")

@@ -316,6 +316,7 @@ def mrope(segment: Any, start: int, config: Any) -> tuple[Tensor, int]:
         parts.append(torch.stack(axes).flatten(1) + position)
         position = int(parts[-1].max()) + 1
         i = run + t * h * w
+        assert set(ids[run:i]) <= visual and i <= len(ids), "pixels without placeholders"
     assert not any(token in visual for token in ids[i:]), "placeholders without pixels"
     parts.append(torch.arange(position, position + len(ids) - i).expand(3, -1))
     return torch.cat(parts, dim=1), position + len(ids) - i
@@ -330,10 +331,12 @@ UNREADABLE = (OSError, ValueError, TypeError, RuntimeError, SafetensorError, Str
               TemplateError)
 
 
-def read_checkpoint(path: str | Path, attention: dict[str, str]) -> tuple[nn.Module, Any]:
+def read_checkpoint(path: str | Path, attention: dict[str, str],
+                    blank: bool = False) -> tuple[nn.Module, Any]:
     """Return the model and the processor of a checkpoint folder or hub name.
 
-    ValueError, in one sentence, where they cannot be had; if possible, before weights are read.
+    blank: on the meta device, for which no weights are read. ValueError, in one sentence, where
+    they cannot be had; if possible, before weights are read.
     """
     try:
         written, _ = PreTrainedConfig.get_config_dict(path)
@@ -344,6 +347,10 @@ def read_checkpoint(path: str | Path, attention: dict[str, str]) -> tuple[nn.Mod
             raise ValueError("its weights are quantised, and cannot be trained")
         config = AutoConfig.from_pretrained(path)
         processor = _processor(path, config)
+        if blank:
+            with torch.device("meta"):
+                return AutoModelForImageTextToText.from_config(
+                    config, attn_implementation=attention), processor
         with _no_bars():
             model, found = AutoModelForImageTextToText.from_pretrained(
                 path, config=config, dtype="auto", attn_implementation=attention,
@@ -421,21 +428,25 @@ class Student(nn.Module):
         """Load a checkpoint folder or hub name.
 
         dtype: what is computed in. The weights are kept in fp32 where they are trained or `master`
-        asks for it (an average over steps, whose changes are too small for bfloat16).
+        asks for it (an average over steps, whose changes are too small for bfloat16). The meta
+        device has shapes alone, in dtype, and reads no weights.
         attention: see attention_names. recompute: activation checkpointing of every block in
         training. cuda_graphs: of decode steps.
         """
         on_cuda = torch.device(device).type == "cuda"
-        names = attention_names(attention, on_cuda, dtype)
+        blank = torch.device(device).type == "meta"
+        names = attention_names("sdpa" if blank else attention, on_cuda, dtype)
         if on_cuda:  # its backward can be NaN for masks on Hopper: pytorch issue 196678
             torch.backends.cuda.enable_cudnn_sdp(False)
-        model, processor = read_checkpoint(path, names)
+        model, processor = read_checkpoint(path, names, blank)
         if recompute:
             recompute_blocks(model)
         model.train(trainable)
         student = cls(model, processor, trainable, freeze_vision)
         student.record = cuda_graph if cuda_graphs else None
         weights = torch.float32 if trainable or master else dtype
+        if blank:
+            return cast(student, dtype).to(device)
         if dist.is_initialized():
             return shard(student, torch.device(device), weights, dtype)
         if weights != dtype:
@@ -470,7 +481,6 @@ class Student(nn.Module):
         config, extra = self.model.config, {}
         if features is not None:
             visual_T = (ids_T == config.image_token_id) | (ids_T == config.video_token_id)
-            assert int(visual_T.sum()) == len(features.embeddings), "placeholders without pixels"
             vision = features.embeddings.to(embeds_TD.dtype)
             embeds_TD = embeds_TD.masked_scatter(visual_T[:, None], vision)
             if features.deepstack:

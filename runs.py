@@ -204,16 +204,31 @@ def interrupt(number: int, frame: Any) -> None:
 
 
 @contextmanager
-def one_sentence(command: str):
-    """Let whatever ends the block, SIGTERM too, end the command as `leave` does."""
+def one_sentence(command: str, less_memory: str = ""):
+    """Let whatever ends the block, SIGTERM too, end the command as `leave` does.
+
+    less_memory: the flags that help where memory is not enough, the first to try first.
+    """
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
         leave(command, error)
+    except (RuntimeError, MemoryError) as error:
+        if not (less_memory and lacks_memory(error)):
+            raise
+        first = str(error).strip().split("\n")[0] or "out of memory"
+        error.args = (f"{first} What needs less memory, in this order: {less_memory}",)
+        leave(command, error)
     finally:
         end_processes()
         signal.signal(signal.SIGTERM, before)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Return whether this is what torch or Python raise where memory is not enough."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or \
+        "can't allocate memory" in str(error)
 
 
 def typed(*flags: str) -> str:

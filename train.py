@@ -17,6 +17,7 @@ from collections import Counter, OrderedDict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ import reward
 import toy
 from data import Sample
 from guard import check_money
+from lab.plan import EVAL_PROMPTS, planned
 from model import Student
 from patch import EVIDENCE_LEVELS, Patch, alignment, outside_clip, patch_images, render
 from runs import (Folder, Phases, Stopper, about, append, asked_with, changed, check_model,
@@ -127,6 +129,7 @@ class Config:
     save_every: int = flag(100, "steps between checkpoints")
     keep_checkpoints: int = flag(2, "how many of the newest checkpoints are kept")
     resume: bool = flag(False, "go on from the newest checkpoint of --output")
+    plan: bool = flag(False, "take one step at the largest sizes, say what a run needs, and end")
     attention: str = flag("auto", "kernel of scoring on CUDA; auto: flash-attn's if installed",
                           ("auto", "torch", "flash", "sdpa"))
     dtype: str = flag("auto", "compute type; auto: bfloat16 on CUDA, float32 elsewhere",
@@ -151,9 +154,10 @@ TOY_WARMING = dict(model=f"{TOY_FOLDER}/model", data=f"{TOY_FOLDER}/warm.json",
                    output=str(TOY_WARM), method="sft", steps=60, batch_prompts=24, lr=1e-3,
                    warmup_steps=5, max_grad_norm=1.0, save_every=10**6, **TOY_SEEN)
 TOY = dict(steps=60, batch_prompts=8, lr=4e-4, beta=0.0, save_every=20, **TOY_SEEN)
-EVAL_PROMPTS = 32  # prompts decoded together in an evaluation
 FIRST_STEPS = 3  # after which is said what has gone wrong in all of them
 PREFIX_BYTES = 2**30  # pixels of processed prompts kept in memory
+LESS_MEMORY = ("more processes, --micro_tokens (down to one prompt and rollout), --batch_prompts, "
+               "--max_completion, --frames or --max_pixels, --rollouts")
 
 
 def check(config: Config) -> None:
@@ -210,8 +214,8 @@ class Run:
         self.samples, self.drawn = self._drawn(*self._load(listed(config.data)))
         self.eval_samples = self._load([config.eval_data])[0] if config.eval_data else []
         self.method = methods.METHODS[config.method](config)
-        self.teacher = teacher_of(config) if self.method.asks else None
-        self.diagnose = self.teacher.submit if self.method.repairs else None
+        self.teacher = teacher_of(config) if self.method.asks and not config.plan else None
+        self.diagnose = self.teacher.submit if self.teacher and self.method.repairs else None
         self.eval_patches = config.eval_patches == "yes" or (
             config.eval_patches == "auto" and config.teacher == "annotated")
         self._count_evidence()
@@ -698,6 +702,14 @@ def write_sample(run: Run, slots: list[tuple[Sample, ffr.Slot]]) -> None:
 # The loop
 
 
+def plan(config: Config, device: torch.device, dtype: torch.dtype) -> int:
+    """Print what a run needs (lab/plan.py), and leave nothing behind."""
+    with TemporaryDirectory() as folder:
+        config = replace(config, output=folder, frame_cache=folder, decode_workers=0)
+        say(planned(lambda *place: Run(config, *place), update, device, dtype))
+    return 0
+
+
 def train(config: Config, device: torch.device, dtype: torch.dtype) -> int:
     """Run `config` to its end; return 0, or the number of the signal that stopped it first."""
     folder = output = None
@@ -840,8 +852,11 @@ def last_output(method: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Train what the command line says."""
     config, given = parse(Config, argv, __doc__.split("\n\n")[0])
-    with one_sentence("train.py"):
+    with one_sentence("train.py", LESS_MEMORY):
         toy_run = not config.resume and not config.model
+        require(not config.plan or not given & {"resume", "output"},
+                "--plan is for a run that has not begun, and writes nothing: without --resume and "
+                "--output")
         if config.resume:
             config = replace(config, output=config.output or last_output(config.method))
             config = going_on(config, given, FREE)
@@ -849,15 +864,17 @@ def main(argv: list[str] | None = None) -> None:
             require(not given & {"data", "video_root"}, "--data and --video_root need --model: "
                     "without, the toy world is trained on")
             config = toy_config(config, given)
+            require(not config.plan or TOY_STUDENT.exists(), "--plan writes nothing, and the toy "
+                    "world is not there yet: python train.py makes it")
         else:
             check_model(config.model)
             config = asked_with(config, given)
         refuse_useless(config, given)
         check(config)
         device, dtype = start_processes(config.dtype, config.cuda_graphs, trains=True)
-        if toy_run:
+        if toy_run and not config.plan:
             make_toy_world(device, dtype)
-        stopped = train(config, device, dtype)
+        stopped = (plan if config.plan else train)(config, device, dtype)
     if stopped:
         sys.exit(128 + stopped)
 
