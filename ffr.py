@@ -46,6 +46,7 @@ class Rollout:
     format: float  # 1 if the completion keeps the think/answer format
     correct: bool  # R(τ) = 1, Eq. 3: exact kinds at accuracy 1, graded ones at the pass mark
     finished: bool  # ended with EOS, not at the length limit
+    staleness: int = 0  # updates made since it was sampled, before the one that trains it
 
 
 @dataclass
@@ -144,7 +145,7 @@ def find(student: Any, cache: Any, groups: list[Group], header: Any, score: Call
 
     def verify(n, completion):
         sample = groups[owners[n]].sample
-        slots[n] = Slot(_scored(student, sample, header, completion, score, sampling))
+        slots[n] = Slot(scored(student, sample, header, completion, score, sampling))
         ask(sample, slots[n], diagnose)
 
     uniforms = [noise(f"{key}/{group.sample.id}{group.place}/find", count, sampling.max_completion)
@@ -196,11 +197,11 @@ def reason(student: Any, cache: Any, groups: list[Group], write: Callable, score
         sampling.max_completion, sampling.temperature, sampling.top_p)
     for (b, i), suffix, completion in zip(patched, suffixes, completions):
         slot = groups[b].slots[i]
-        slot.repair = _scored(student, groups[b].sample, suffix, completion, score, sampling)
+        slot.repair = scored(student, groups[b].sample, suffix, completion, score, sampling)
         slot.alignment = align(slot.repair.text, slot.patch)
 
 
-def _scored(student, sample, suffix, completion, score, sampling):
+def scored(student, sample, suffix, completion, score, sampling):
     """Verify a completion, R(τ) = 1 (Eq. 3): exact kinds pass at 1, graded ones at the mark."""
     text = student.text(completion.ids)
     accuracy, form, exact = score(sample, text)
@@ -351,10 +352,10 @@ def settle(batch: MicroBatch, logp_T: Tensor) -> float:
     """Let π_old be the policy as scoring sees it before the step's first update.
 
     Sampling and scoring round differently; in bf16 this alone puts tokens outside the clip. Traces
-    of another policy keep the log-probs that they came with. Returns Σ_t |log-prob at sampling time
-    − log-prob scored|, for the logs.
+    of another policy, or of an older one, keep the log-probs that they came with. Returns
+    Σ_t |log-prob at sampling time − log-prob scored|, for the logs.
     """
-    others_T = of_tokens(batch, lambda slot: slot.off_policy)
+    others_T = of_tokens(batch, lambda slot: slot.off_policy or slot.trained.staleness)
     scored_T = torch.where(others_T, batch.old_logp_T, logp_T.detach().cpu())
     mismatch = (batch.old_logp_T - scored_T).abs().sum().item()
     batch.old_logp_T = scored_T

@@ -24,7 +24,7 @@ tokens of a support.
 
 import math
 import random
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -143,10 +143,9 @@ class Method:
         their place in the loss, and as many fresh prompts are tried, so many times at most.
         """
         key, again = f"{self.config.seed}/{step}", self.config.dynamic_sampling
-        with phases("load"):
-            latest = self.prompts(run, step)
-        groups = list(latest)
         with run.student.gathered():
+            latest = self.prompts(run, step, phases)
+            groups = list(latest)
             self.roll(run, latest, key, phases)
             for turn in range(again):
                 with phases("load"):
@@ -157,21 +156,22 @@ class Method:
             slot.trained = None
         return groups
 
-    def prompts(self, run: Any, step: int) -> list[ffr.Group]:
+    def prompts(self, run: Any, step: int, phases: Callable) -> list[ffr.Group]:
         """Return the step's groups, still empty."""
-        return run.fetch(step)
+        with phases("load"):
+            return run.fetch(step)
 
     def roll(self, run: Any, groups: list[ffr.Group], key: str, phases: Callable) -> None:
         """Find, fix, reason, then credit. A rollout in group.note takes one of the G places."""
         if not groups:
             return
-        with phases("prefill"):
-            cache = run.student.prefill([group.prefix for group in groups])
-        with phases("decode"):
-            counts = [self.config.rollouts - (group.note is not None) for group in groups]
-            run.find(cache, groups, key, counts, run.sampling)
+        ahead = bool(groups[0].slots)  # found already
+        cache = None if ahead else self.find(run, groups, key, phases)
         with phases("teach"):
             ffr.fix(groups, run.diagnose)
+        if ahead and any(slot.patch for group in groups for slot in group.slots):
+            with phases("prefill"):  # anew: the weights are others by now
+                cache = run.student.prefill([group.prefix for group in groups])
         with phases("repair"):
             run.reason(cache, groups, key, run.sampling)
         del cache
@@ -180,6 +180,15 @@ class Method:
         self.beside(run, groups, key, phases)
         for group in groups:
             self.credit(run, group)
+
+    def find(self, run: Any, groups: list[ffr.Group], key: str, phases: Callable) -> Any:
+        """Sample first tries and ask about those that fail; return the prefixes' cache."""
+        with phases("prefill"):
+            cache = run.student.prefill([group.prefix for group in groups])
+        with phases("decode"):
+            counts = [self.config.rollouts - (group.note is not None) for group in groups]
+            run.find(cache, groups, key, counts, run.sampling)
+        return cache
 
     def credit(self, run: Any, group: ffr.Group) -> None:
         """Set the group's rewards and advantages, and whose tokens are trained."""
@@ -211,8 +220,42 @@ class Ffr(Method):
     With --score_under plain under x, by the policy that sampled it, and where its advantage is
     positive only: what a repair did wrong is improbable under x as it is, and pushing the
     improbable further down has no bound.
+
+    With --ahead N the first tries of N steps are sampled before the teacher's patches for this one
+    are waited for, with the weights as they are: these tries are then up to N updates old.
     """
     asks = repairs = True
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.tried, self.kept = deque(), []  # steps found ahead, and a checkpoint's
+
+    def prompts(self, run: Any, step: int, phases: Callable) -> list[ffr.Group]:
+        """Return the step's groups; with --ahead their first tries are there, and later ones'."""
+        if not self.config.ahead:
+            return super().prompts(run, step, phases)
+        if self.kept:
+            self.tried.extend(run.tried_again(groups) for groups in self.kept)
+            self.kept = []
+        while len(self.tried) <= self.config.ahead and \
+                (later := step + len(self.tried)) < run.steps:
+            groups = super().prompts(run, later, phases)
+            if groups:
+                self.find(run, groups, f"{self.config.seed}/{later}", phases)
+            for slot in (slot for group in groups for slot in group.slots):
+                slot.first.staleness = later - step
+            self.tried.append(groups)
+        return self.tried.popleft()
+
+    def state(self) -> Any:
+        """Return the first tries that were sampled ahead, by step and group; None where none."""
+        return [[(group.sample.id, group.place, [
+            (slot.first.ids_C, slot.first.old_logp_C, slot.first.finished, slot.first.staleness)
+            for slot in group.slots]) for group in groups] for groups in self.tried] or None
+
+    def resume(self, step: int, state: Any) -> None:
+        """Go on with the first tries that were sampled ahead."""
+        self.kept = state or []
 
     def weight(self, step: int) -> float:
         """Return λ of the token credit by the patch, which plain FFR has none of."""
@@ -252,8 +295,7 @@ class Sft(Method):
 
     def fill(self, run: Any, step: int, phases: Callable) -> list[ffr.Group]:
         """Return this rank's groups of a step, with the traces in place of rollouts."""
-        with phases("load"):
-            groups = self.prompts(run, step)
+        groups = self.prompts(run, step, phases)
         for group, traces in zip(groups, self.traces(run, groups, phases)):
             group.slots = [ffr.Slot(trace, trained=trace, advantage=1.0, off_policy=True)
                            for trace in traces]
@@ -334,9 +376,9 @@ class Replay(Luffy):
         super().__init__(config)
         self.buffer, self.retired, self.started = {}, set(), False
 
-    def prompts(self, run: Any, step: int) -> list[ffr.Group]:
+    def prompts(self, run: Any, step: int, phases: Callable) -> list[ffr.Group]:
         """Return the step's groups, a share of them replaced by the buffer's."""
-        key, groups = f"{self.config.seed}/{step}/replay", run.fetch(step)
+        key, groups = f"{self.config.seed}/{step}/replay", super().prompts(run, step, phases)
         wanted = self.config.replay_share * len(groups)
         count = int(wanted) + bool(ffr.noise(f"{key}/share", 1, 1) < wanted % 1)
         samples = {sample.id: sample for sample in run.samples}
@@ -648,8 +690,10 @@ def useful(config: Any) -> dict[str, tuple[bool, str]]:
          "--method ffr and ffr_visd with --train_on chosen"),
         ("rollouts top_p select no_std dynamic_sampling beta", kind.compares,
          "methods that compare rollouts"),
-        ("clip_low clip_high ratio", kind.compares and config.updates_per_batch > 1,
-         "methods that compare rollouts, with --updates_per_batch above 1"),
+        ("clip_low clip_high ratio",
+         kind.compares and (config.updates_per_batch > 1 or config.ahead > 0),
+         "methods that compare rollouts, with --updates_per_batch above 1 or --ahead"),
+        ("ahead", tries, "--method ffr and ffr_visd"),
         ("pass_mark", kind.compares or name == "sft_teacher", "methods that verify answers"),
         ("length_low length_high", name == "tgrpo", "--method tgrpo"),
         ("shape_gamma", name in ("luffy", "replay"), "--method luffy and replay"),

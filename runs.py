@@ -447,6 +447,7 @@ def measure(groups: list) -> dict[str, list]:
         "advantage_zero_fraction": [sum(slot.advantage == 0 for slot in slots), len(slots)],
         "completion_length": [sum(len(slot.chosen.ids_C) for slot in slots), len(slots)],
         "finished": [sum(slot.chosen.finished for slot in slots), len(slots)],
+        "staleness": [sum(slot.chosen.staleness for slot in slots), len(slots)],
     }
     for slot in repaired:
         kind = slot.patch.error_type
@@ -477,13 +478,14 @@ def metrics(step: int, ranks: list[dict]) -> dict:
     seconds = max((r["seconds"] for r in ranks), key=lambda s: s["step"])
     sampling = seconds.get("decode", 0.0) + seconds.get("repair", 0.0)
     means = ("reward", "accuracy", "format", "intervention_ratio", "repair_rate", "chosen_accuracy",
-             "alignment", "advantage_zero_fraction", "completion_length", "finished")
+             "alignment", "advantage_zero_fraction", "completion_length", "finished", "staleness")
     return {
         "step": step, "loss": add("loss"), **{name: ratio(name) for name in means},
         "repair_rate_by_error": {kind: ratio(f"repair_rate/{kind}") for kind in counted},
         "error_types": counted, "kl": add("kl") / tokens, "entropy": add("entropy") / tokens,
         "clip_fraction": add("clipped_of_all") / max(add("tokens_of_all"), 1),
         "logp_mismatch": add("mismatch") / tokens,
+        "drift": add("drift") / add("stale") if add("stale") else None,
         "grad_norm": ranks[0]["sums"]["grad_norm"], "lr": ranks[0]["sums"]["lr"],
         **{name: ratio(name, "method") for name in ranks[0]["method"]},
         "bad_samples": sum(r["bad"] for r in ranks),

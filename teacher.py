@@ -77,6 +77,9 @@ class Teacher:
         future.set_result(self.diagnose_full(sample, response))
         return future
 
+    def begin_step(self) -> None:
+        """Let a time limit of a step's diagnoses begin, although others may be under way."""
+
     def ask(self, task: str, sample: Any, response: str = "") -> Future:
         """Return a future of something else than a patch, None where it fails; one of TASKS.
 
@@ -631,6 +634,10 @@ class Service(Teacher):
 
     # -- what the training loop calls, from any thread
 
+    def begin_step(self) -> None:
+        """Let the time limit of a step's diagnoses begin, although others may be under way."""
+        self.api.loop.call_soon_threadsafe(self._begin_step)
+
     def submit(self, sample: Any, response: str) -> Future:
         """Start a diagnosis; the future's result is a Diagnosis."""
         return self.api.run(self._done("patch", sample, response))
@@ -667,13 +674,16 @@ class Service(Teacher):
 
     # -- limits and accounts
 
+    def _begin_step(self):
+        self._step_end = self.api.loop.time() + self.config.step_timeout
+
     async def _done(self, task: str, sample, response: str) -> Diagnosis:
         """Diagnose, or do one of TASKS, once for all that ask for it meanwhile; count how it ends.
 
         Who came first has the token counts.
         """
         if not self._running:  # nothing was under way: a new step
-            self._step_end = self.api.loop.time() + self.config.step_timeout
+            self._begin_step()
         key = task, id(sample.clip), sample.id, response
         first = key not in self._running
         found, usage = await _shared(self._running, key,

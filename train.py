@@ -31,7 +31,7 @@ import toy
 from data import Sample
 from guard import check_money
 from lab.plan import EVAL_PROMPTS, planned
-from model import Student
+from model import Completion, Student
 from patch import EVIDENCE_LEVELS, Patch, alignment, outside_clip, patch_images, render
 from runs import (Folder, Phases, Stopper, about, append, asked_with, changed, check_model,
                   cut_logs, digest, everyone, flag, going_on, measure, metrics, newest_checkpoint,
@@ -121,6 +121,7 @@ class Config:
     steps: int = flag(0, "optimizer steps; 0: as many as --epochs needs")
     epochs: float = flag(1.0, "passes over the data")
     batch_prompts: int = flag(1, "prompts for each step and process")
+    ahead: int = flag(0, "steps whose first tries are sampled while the teacher thinks; 0: none")
     updates_per_batch: int = flag(1, "updates for each batch; more than one makes the clip matter")
     micro_tokens: int = flag(16384, "packed tokens of one forward and backward")
     freeze_vision: bool = flag(False, "leave the vision tower as it is")
@@ -171,7 +172,7 @@ def check(config: Config) -> None:
     for name in ("steps", "warmup_steps", "weight_decay", "beta", "kappa", "alignment_weight",
                  "dynamic_sampling", "sd_horizon", "sd_topk", "sd_clip", "blind_test", "eval_every",
                  "teacher_budget", "decode_workers", "frame_cache_gb", "seed", "replay_share",
-                 "replay_start", "sd_lambda", "sd_ema", "samples"):
+                 "replay_start", "sd_lambda", "sd_ema", "samples", "ahead"):
         value = getattr(config, name)
         require(value >= 0, f"--{name} must not be negative, got {value}")
     for name, most in (("top_p", 1), ("pass_mark", 1), ("clip_low", 1), ("replay_share", 1),
@@ -436,8 +437,29 @@ class Run:
     def find(self, cache: Any, groups: list[ffr.Group], key: str, rollouts: int | list[int],
              sampling: ffr.Sampling) -> None:
         """Sample and verify first tries (Eq. 3, 4)."""
+        if self.config.ahead:  # else all diagnoses of a step have ended before the next one's
+            self.teacher.begin_step()
         ffr.find(self.student, cache, groups, self.prompts.header, self.score, self.diagnose, key,
                  rollouts, sampling)
+
+    def tried_again(self, kept: list[tuple]) -> list[ffr.Group]:
+        """Return groups with the first tries that a checkpoint had, and ask about them again.
+
+        kept: id, place and tries of each; a try is ids, log-probs, whether it ended, staleness.
+        """
+        samples, groups = {sample.id: sample for sample in self.samples}, []
+        for name, place, tries in kept:
+            for group in self.groups([samples[name]]):
+                group.place = place
+                for ids_C, logp_C, finished, staleness in tries:
+                    first = ffr.scored(self.student, group.sample, self.prompts.header,
+                                       Completion(ids_C, logp_C, finished), self.score,
+                                       self.sampling)
+                    group.slots.append(ffr.Slot(replace(first, staleness=staleness)))
+                    ffr.ask(group.sample, group.slots[-1], self.diagnose)
+                groups.append(group)
+        self.taught()  # the run has counted these diagnoses when it asked for them
+        return groups
 
     def reason(self, cache: Any, groups: list[ffr.Group], key: str, sampling: ffr.Sampling) -> None:
         """Sample repairs (Eq. 6)."""
@@ -560,8 +582,10 @@ def backward(run: Run, batches: list[ffr.MicroBatch], first: bool) -> dict:
         if not math.isfinite(loss.item()):
             sums["broken"] += [group.sample.id for group, _ in batch.members]
         if batch.members:  # fillers do not count
-            added |= {"loss": loss.item(), "mismatch": mismatch,
-                      "entropy": entropy_T.sum().item() if first else 0.0}
+            stale_T = ffr.of_tokens(batch, lambda slot: slot.trained.staleness)
+            drift_T = (logp_T.detach().cpu() - batch.old_logp_T)[stale_T].abs()
+            added |= {"loss": loss.item(), "mismatch": mismatch, "drift": drift_T.sum().item(),
+                      "stale": len(drift_T), "entropy": entropy_T.sum().item() if first else 0.0}
             for name, value in added.items():
                 sums[name] = sums.get(name, 0.0) + value
     return sums

@@ -141,7 +141,7 @@ def at_the_largest(run: Any) -> list[ffr.Group]:
     run.student.text = lambda ids_C: "a"
     groups = [ffr.Group(sample, run.prompts.prefix(sample), place=f"#{b}")
               for b in range(run.config.batch_prompts)]
-    run.fetch = run.groups = lambda _: groups
+    run.fetch = run.groups = lambda _: [replace(group, slots=[]) for group in groups]
     return groups
 
 

@@ -5,6 +5,7 @@
     python tests/bench.py --linear                              our cost over lengths and prompts
     python tests/bench.py --profile                             what our decoding spends its time on
     python tests/bench.py --reading                             reading videos: PyAV, decord, others
+    python tests/bench.py --waiting                             a slow teacher, and --ahead
     python tests/bench.py --device cuda --model 7b --recompute --cuda_graphs
                                                                 real shapes, random weights, bf16
 
@@ -553,6 +554,52 @@ def reading(flags):
                 + " (other pictures)" * bool(far > 2) + " |" for name, far in zip(readers, apart)))
 
 
+def waiting(flags):
+    """Print what a teacher of a second an answer adds to a step of the toy world, by --ahead.
+
+    train.py with real processes and a server on this machine; two answers a diagnosis, every first
+    try of an untaught student failing. Medians over the steps between the first and the last ones,
+    which sample more and less than the others.
+    """
+    import tempfile
+
+    import toy
+    from messages_server import MessagesServer, call, submit
+    from runs import read_log
+
+    def teacher(seconds):
+        def answer(body):
+            time.sleep(seconds)
+            looked = any(message["role"] == "assistant" for message in body["messages"])
+            return [submit("Look again.") if looked else call("get_frame", index=0)]
+        return answer
+
+    steps, found = 6 if flags.quick else 16, {}
+    with tempfile.TemporaryDirectory() as folder:
+        toy.make(Path(folder), train=40, heldout=5, warm=5, pretrained=False)
+        common = ["--model", "model", "--data", "train.json", "--video_root", "videos",
+                  "--template", "template.txt", "--max_pixels", 3136, "--max_completion", 48,
+                  "--teacher", "anthropic", "--steps", steps, "--beta", 0, "--frame_cache", "f"]
+        for prompts, seconds, ahead in ((1, 0, 0), (1, 1, 0), (1, 1, 1), (1, 1, 3), (4, 0, 0),
+                                        (4, 1, 0), (4, 1, 1), (4, 1, 3)):
+            with MessagesServer(teacher(seconds)) as server:
+                more = ["--teacher_url", server.url, "--batch_prompts", prompts, "--ahead", ahead,
+                        "--output", f"{prompts}-{seconds}-{ahead}"]
+                subprocess.run(list(map(str, [sys.executable, Path(__file__).resolve().parent.parent
+                                              / "train.py", *common, *more])), cwd=folder,
+                               check=True, capture_output=True,
+                               env=os.environ | {"ANTHROPIC_API_KEY": "none"})
+            rows = read_log(f"{folder}/{prompts}-{seconds}-{ahead}/metrics.jsonl")
+            laps = [row["seconds"]["step"] for row in rows[1:steps - 1 - ahead]]
+            found[prompts, seconds, ahead] = median(laps)
+    print("| prompts | L / W | --ahead 0 | 1 | 1: of max(W, L) | 3 | 3: of max(W, L / 3) |")
+    for prompts in (1, 4):
+        W, slow, one, three = (found[prompts, *rest] for rest in ((0, 0), (1, 0), (1, 1), (1, 3)))
+        L = slow - W
+        cells = (L / W, slow / W, one / W, one / max(W, L), three / W, three / max(W, L / 3))
+        print(f"| {prompts} |", *(f"{cell:.2f} |" for cell in cells))
+
+
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
@@ -570,6 +617,7 @@ def parse(argv):
     add("--linear", action="store_true", help="only our cost over lengths and numbers of prompts")
     add("--profile", action="store_true", help="only the operations of our decoding")
     add("--reading", action="store_true", help="only the reading of videos, on one thread")
+    add("--waiting", action="store_true", help="only a slow teacher's share of a step")
     add("--quick", action="store_true", help="one tiny shape, once")
     add("--json", default="", help="file for all figures")
     add("--child", default="", help=argparse.SUPPRESS)  # way,P,C of a fresh process for memory
@@ -586,8 +634,8 @@ def main(argv):
     torch.set_num_threads(flags.threads)
     if flags.cuda_graphs and flags.device != "cuda":
         sys.exit("bench.py: --cuda_graphs needs --device cuda")
-    if flags.reading:
-        return reading(flags)
+    if flags.reading or flags.waiting:
+        return (reading if flags.reading else waiting)(flags)
     if flags.child:
         way, P, C = flags.child.split(",")
         return print(json.dumps(peaks(make_models(flags), way, int(P), int(C), flags)))

@@ -391,3 +391,84 @@ def test_a_dead_teacher_is_found_out_before_the_model_loads(world, tmp_path, mon
     with pytest.raises(ValueError, match="--teacher anthropic: .*"):
         run(config_of(world, tmp_path / "run", model="no such model", teacher="anthropic",
                       teacher_url="http://127.0.0.1:9"))
+
+
+def test_tries_found_ahead_are_compared_with_the_policy_that_sampled_them(world, tmp_path,
+                                                                          monkeypatch):
+    """Catches: π_old by the present weights for older tries, or by older weights for repairs; a
+    gradient that is not Eq. 10's.
+    """
+    weights, grads, batches, whole = [], [], [], {"loss": ffr.loss, "update": train.update}
+
+    def update(run, *rest):
+        weights.append({k: v.clone() for k, v in run.student.state_dict().items()})
+        return whole["update"](run, *rest)
+
+    def clip(parameters, norm):
+        grads.append([p.grad.clone() for p in parameters if p.grad is not None])
+        return torch.zeros(())
+
+    monkeypatch.setattr(train, "update", update)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    monkeypatch.setattr(ffr, "loss", lambda logp_T, batch, *rest: (
+        batches.append(batch), whole["loss"](logp_T, batch, *rest))[1])
+    monkeypatch.setattr(train.Run, "score", lambda run, sample, text: (  # some right, some not
+        float(len(text) % 2), float(len(text) % 3 == 0), True))
+    config = config_of(world, tmp_path / "run", steps=4, ahead=1, beta=0.0, lr=1e-3,
+                       batch_prompts=2, clip_low=0.1)
+    rows = run(config)
+    assert [row["staleness"] > 0 for row in rows] == [False, True, True, True]
+    assert rows[0]["drift"] is None and rows[2]["drift"] > 0.01, "a large rate"
+    now, then = (Student.load(config.model) for _ in "ab")
+    kinds = set()
+    for step, batch in enumerate(batches):
+        now.load_state_dict(weights[step])
+        then.load_state_dict(weights[max(step - 1, 0)])
+        now.zero_grad()
+        args = batch.prefixes, batch.suffixes, batch.owners, batch.completions
+        logp_T = now(*args)[0]
+        parts = []
+        for (_, slot), new_C, old_C in zip(batch.members, *(
+                x_T.detach().split([len(ids) for ids in batch.completions])
+                for x_T in (logp_T, then(*args)[0]))):
+            kinds.add((step > 0, slot.trained is slot.first))
+            parts.append(old_C if slot.trained is slot.first else new_C)
+        ratio_T = (logp_T - torch.cat(parts)).exp()
+        A_T = batch.advantage_T
+        kept_T = torch.minimum(ratio_T * A_T, ratio_T.clamp(0.9, 1.2) * A_T)
+        (-(batch.weight_T * kept_T).sum()).backward()
+        expected = [p.grad for p in now.parameters() if p.grad is not None]
+        for found, wanted in zip(grads[step], expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
+    assert (True, True) in kinds, "no first try was trained that was sampled ahead"
+
+
+@pytest.mark.parametrize("ahead", (1, 2))
+def test_a_run_that_samples_ahead_goes_on_exactly(world, tmp_path, monkeypatch, ahead):
+    """Catches: tries sampled ahead that are lost, or sampled anew by other weights; diagnoses
+    counted twice.
+    """
+    config = config_of(world, tmp_path / "straight", steps=6, ahead=ahead, save_every=3, lr=1e-3,
+                       batch_prompts=2)
+    run(config)
+    whole = train.log
+
+    def killed(run, *rest):
+        if run.step == 4:
+            raise KeyboardInterrupt
+        return whole(run, *rest)
+
+    monkeypatch.setattr(train, "log", killed)
+    config = replace(config, output=str(tmp_path / "killed"))
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    monkeypatch.setattr(train, "log", whole)
+    run(replace(config, resume=True))
+    straight, resumed = (
+        [[{k: v for k, v in row.items() if k not in TIMINGS}
+          for row in runs.read_log(tmp_path / name / f"{log}.jsonl")]
+         for log in ("metrics", "patches")] for name in ("straight", "killed"))
+    assert straight == resumed and len(straight[0]) == 6
+    last = [(tmp_path / name / "checkpoints/step-000006/model.safetensors").read_bytes()
+            for name in ("straight", "killed")]
+    assert last[0] == last[1]
