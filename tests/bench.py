@@ -200,8 +200,9 @@ class Usual:
 class Ours:
     """train.py's step, for one prompt or several like it."""
 
-    def __init__(self, models, prefix, seed=0, prompts=1):
+    def __init__(self, models, prefix, seed=0, prompts=1, header=None):
         self.m, self.prefixes, self.seed = models, [prefix] * prompts, seed
+        self.header = header or tiny.text(HEADER)
         self.text = models.ours.model.model.language_model
 
     def repairs(self, suffixes, C, temperature=1.0):
@@ -214,7 +215,7 @@ class Ours:
 
     def tries(self, C):
         self.cache = self.m.ours.prefill(self.prefixes)
-        return self.repairs([tiny.text(HEADER)] * self.m.G * len(self.prefixes), C)
+        return self.repairs([self.header] * self.m.G * len(self.prefixes), C)
 
     def batches(self, rollouts):
         n = len(rollouts) // len(self.prefixes)
@@ -487,6 +488,21 @@ def column(models, prefix, C, laps, speeds, prefilled):
     return cells
 
 
+def write_film(path, codec, width, height, frames):
+    """Write a film of 30 frames a second and 2 Mbit/s: blocks of noise that move to the right."""
+    import av
+    import numpy as np
+    noise = np.random.default_rng(0).integers(0, 255, (height // 8, width // 8, 3), np.uint8)
+    scene = noise.repeat(8, 0).repeat(8, 1)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=30)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.bit_rate = 2_000_000
+        for i in range(frames):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(scene, 2 * i, 1))))
+        container.mux(stream.encode())
+
+
 def reading(flags):
     """Print how long readers take for 16 frames spread over a film, ours as 1, side by side.
 
@@ -495,9 +511,7 @@ def reading(flags):
     """
     import tempfile
 
-    import av
     import decord
-    import numpy as np
     import video
     try:
         from torchcodec.decoders import VideoDecoder
@@ -530,17 +544,7 @@ def reading(flags):
     with tempfile.TemporaryDirectory() as folder:
         for title, codec, width, height, seconds, ending in films:
             path = f"{folder}/{width}{codec}.{ending}"
-            blocks = height // 8, width // 8, 3
-            noise = np.random.default_rng(0).integers(0, 255, blocks, np.uint8)
-            scene = noise.repeat(8, 0).repeat(8, 1)
-            with av.open(path, "w") as container:
-                stream = container.add_stream(codec, rate=30)
-                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-                stream.bit_rate = 2_000_000
-                for i in range(30 * (2 if flags.quick else seconds)):
-                    frame = av.VideoFrame.from_ndarray(np.roll(scene, 2 * i, 1))
-                    container.mux(stream.encode(frame))
-                container.mux(stream.encode())
+            write_film(path, codec, width, height, 30 * (2 if flags.quick else seconds))
             laps, shown = {name: [] for name in readers}, {}
             for _ in range(flags.repeats):
                 for name, reader in readers.items():

@@ -4,24 +4,34 @@
     python tests/gpu.py --out FOLDER --only right,decode
     python tests/gpu.py --out FOLDER --dry              every section on the CPU, at toy sizes
 
-Every section is a process of its own with a time limit; what it finds it writes at once, so that a
-cut run still leaves what was found. FOLDER/gpu.json holds the card, driver, versions and commit and
-every finding, FOLDER/gpu.md the same as tables for docs/performance.md. Exit code 1 if anything was
-wrong or broke.
+Every section is a process of its own with a time limit (460 s in all); what it finds it writes at
+once, so that a cut run still leaves what was found. FOLDER/gpu.json holds the card, driver,
+versions and commit and every finding, FOLDER/gpu.md the same as tables for docs/performance.md.
+Exit code 1 if anything was wrong or broke.
 
-It runs on a bare machine with Python 3.12, torch 2.11, transformers 5.17 and numpy. `toy` and
-`evaluate` run train.py and evaluate.py, and need what reading videos and scoring need: av, decord,
-jiwer, rapidfuzz, rouge-score, nltk, absl-py, tqdm, pyarrow (about 60 MB of wheels, fetched before
-by `pip download --no-deps`); where these are missing, both say so and are left out.
+It runs on a bare machine with Python 3.12, torch 2.11, torchvision, transformers 5.17 and numpy.
+Two groups of sections need more, and where it is missing they say so and are left out: `toy` and
+`evaluate`, which run train.py and evaluate.py on videos, av, jiwer, rapidfuzz, click, tqdm and
+pytest; `trl` trl, accelerate and psutil. As wheels all of these are 43 MB, 36 of them av:
+
+    pip download -d WHEELS --no-deps --only-binary=:all: --python-version 3.12
+        --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 av jiwer rapidfuzz
+        click tqdm pytest pluggy iniconfig trl==1.16.0 accelerate psutil
+    pip install --no-index --no-deps WHEELS/*.whl       on the other machine
+
+TRL also imports datasets, pandas and pyarrow (68 MB) to read and write tables, which no step does:
+where one of them is missing, an empty module stands in for it.
 
 Dimensions: T packed tokens, P prefix, S suffix and C completion tokens, H query and K key heads, E
 head width.
 """
 
 import argparse
+import importlib.machinery
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import platform
 import shutil
@@ -30,13 +40,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's flat files
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched, and TRL reports no use of itself
 import bench
 import ffr
 import model as student_module
@@ -44,7 +56,7 @@ import tiny
 from model import Student, Tree, attention_names, cuda_graph, tree_attention
 
 ROOT = Path(__file__).resolve().parent.parent
-READING = "av decord jiwer rapidfuzz rouge_score nltk absl tqdm pyarrow".split()
+READING, TRL = "av jiwer rapidfuzz click tqdm pytest".split(), "trl accelerate psutil".split()
 REAL = "3b", "7b", "8b"  # Qwen2.5-VL 3B and 7B, Qwen3-VL 8B: shapes of tests/bench.py
 HEADS = {"3b": (16, 2), "7b": (28, 4), "8b": (32, 8)}  # of queries and of keys, each 128 wide
 
@@ -154,7 +166,7 @@ def trap(note: Findings, device: torch.device, dry: bool) -> None:
              finite, None if cudnn else finite)
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(True)
-        with checkpoint(device) as folder:
+        with checkpoint() as folder:
             Student.load(folder, device, torch.bfloat16, trainable=False)
         off = not torch.backends.cuda.cudnn_sdp_enabled()
         note("cuDNN's attention is off once a student is loaded", off, off)
@@ -163,7 +175,7 @@ def trap(note: Findings, device: torch.device, dry: bool) -> None:
 class checkpoint:  # noqa: N801, used as a context like open()
     """A folder with a random toy student, without the toy world's need for av."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self):
         self.folder = Path(f"/tmp/gpu-checkpoint-{os.getpid()}")
 
     def __enter__(self) -> str:
@@ -204,6 +216,7 @@ def make_student(name: str, device: torch.device, dtype: torch.dtype, trainable:
 
 def tokens(note: Findings, device: torch.device, dry: bool) -> None:
     """Hold sampled ids and log-probs against plain loops, the CPU, and scoring in bfloat16."""
+    torch.backends.cudnn.allow_tf32 = False  # else a convolution's fp32 on CUDA has 10 bits
     for name in ("cpu", "qwen3"):  # small shapes of both families
         rows = [tiny.text(5, seed) for seed in range(4)] + [tiny.text(80, 9)]
         family(note, name, device, bench.make_prefix(name, 120 if dry else 600), rows,
@@ -275,7 +288,7 @@ def toy_run(note: Findings, device: torch.device, dry: bool) -> None:
     """Train on the toy world as a user does, kill it, resume it; compare with a straight run."""
     folder = note.path.parent / "toy"
     folder.mkdir(parents=True, exist_ok=True)
-    steps = 3 if dry else 30
+    steps = 3 if dry else 15
     flags = ["--steps", str(steps), "--save_every", "2"]
     if dry:
         import toy
@@ -354,7 +367,8 @@ def decode(note: Findings, device: torch.device, dry: bool) -> None:
         for G, record in ((8, None), (8, cuda_graph), (32, cuda_graph)):
             if record is None or device.type == "cuda":
                 student.record = record
-                found = rate(student, prefix, G, 6 if dry else 192, speed["bytes"])
+                C = 6 if dry else 192 if record else 64
+                found = rate(student, prefix, G, C, speed["bytes"])
                 note(f"{name} shapes, G {G}, P {len(prefix.ids)}{', CUDA graphs' * bool(record)}: "
                      "tokens a second, share of the bandwidth limit", found)
         del student  # before the next one is made
@@ -416,12 +430,10 @@ def update(note: Findings, device: torch.device, dry: bool) -> None:
 def steps(note: Findings, device: torch.device, dry: bool) -> None:
     """Run tests/bench.py: a whole step by phase against the usual way, and memory by phase."""
     out = note.path.parent / "bench.json"
-    flags = ["--quick", "--threads", "1"] if dry else [
+    bench.main([*(["--quick", "--threads", "1"] if dry else [
         "--device", "cuda", "--model", "3b", "--recompute", "--cuda_graphs", "--shapes", "1250x128",
-        "--memory", "1250x128", "--repeats", "2"]
-    ran = subprocess.run([sys.executable, str(ROOT / "tests/bench.py"), *flags, "--json", str(out)],
-                         capture_output=True, text=True)
-    note("tests/bench.py ends", ran.returncode, ran.returncode == 0, output=ran.stderr[-2000:])
+        "--memory", "1250x64", "--repeats", "1", "--failures", "0,0.25,0.5,0.75"]),
+        "--json", str(out)])
     found = json.loads(out.read_text())
     for shape, cells in found["table"].items():
         for row, cell in cells.items():
@@ -432,63 +444,253 @@ def steps(note: Findings, device: torch.device, dry: bool) -> None:
                  {part: round(size / 2**30, 2) for part, size in parts.items()})
 
 
+class StandIn(ModuleType):
+    """An empty module: whatever is asked of it is a class of that name."""
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        setattr(self, name, type(name, (), {}))
+        return getattr(self, name)
+
+
+def import_trl() -> ModuleType:
+    """Import TRL's GRPO; empty modules stand in for missing ones that handle tables."""
+    missing = [name for name in ("datasets", "pandas", "pyarrow")
+               if importlib.util.find_spec(name) is None]
+    for name in [*missing, *(["pyarrow.compute", "pyarrow.types"] if "pyarrow" in missing else [])]:
+        sys.modules[name] = StandIn(name)
+        sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)
+    from trl.trainer import grpo_trainer
+    return grpo_trainer
+
+
+def picture_prompt(models: SimpleNamespace, folder: str, P: int) -> tuple:
+    """Return a prompt of P tokens and a header, half a frame's pair each a picture, in three forms.
+
+    TRL's processor, whose ids of vision tokens the models' configs take over; TRL's row of a data
+    set; and our prefix and header, cut from the very tensors that the processor makes of that row.
+    """
+    import numpy as np
+    import transformers
+    from PIL import Image
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    processor.image_processor = transformers.Qwen2VLImageProcessor(
+        patch_size=14, temporal_patch_size=2, merge_size=2)  # the family's, with its own limits
+    ids_of = json.loads((Path(folder) / "config.json").read_text())
+    for model in (models.usual, models.usual_ref, models.ours.model, models.ours_ref.model):
+        for key in ("image", "video", "vision_start", "vision_end"):
+            setattr(model.config, f"{key}_token_id", ids_of[f"{key}_token_id"])
+    side, rng = 28 * math.isqrt((P - 60) // 8), np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)) for _ in range(8)]
+
+    def processed(words):
+        parts = [*({"type": "image", "image": picture} for picture in pictures),
+                 {"type": "text", "text": " red" * words}]
+        return processor.apply_chat_template(
+            [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True,
+            return_dict=True, return_tensors="pt")
+
+    words = max(1, P + bench.HEADER - processed(0)["input_ids"].shape[1])
+    made, cut = processed(words), -bench.HEADER
+    ids, grids = made["input_ids"][0], made["image_grid_thw"]
+    prefix = tiny.Segment(ids[:cut], made["pixel_values"], grids, torch.zeros(len(grids)))
+    header = tiny.Segment(ids[cut:], None, grids[:0], torch.zeros(0))
+    row = {"prompt": [{"role": "user", "content": " red" * words}], "images": pictures}
+    return processor, row, prefix, header
+
+
+def against_trl(note: Findings, device: torch.device, dry: bool) -> None:
+    """Time GRPOTrainer's steps and ours, in turns, on the same weights, prompt and optimizer.
+
+    The prompt shows 8 pictures, as many tokens as 16 frames of a video. Both sample G rows of just
+    C tokens (EOS is banned), score them with a reference, beta 0.04, and take one step of the same
+    AdamW at learning rate 0; TRL without vLLM and with its other defaults, but for the norm of
+    gradients, which ours does not clip here either. It has no repairs: it is held against our step
+    with none, and with half of the tries repaired.
+    """
+    grpo, cuda = import_trl(), device.type == "cuda"
+    import transformers
+    from datasets import Dataset
+    P, C, repeats = (120, 8, 1) if dry else (1250, 128, 2)
+    models = bench.make_models(bench.parse([] if not cuda else [
+        "--device", "cuda", "--model", "3b", "--recompute", "--cuda_graphs"]))
+    with checkpoint() as folder:
+        processor, row, prefix, header = picture_prompt(models, folder, P)
+    banned = {*bench.FORBIDDEN, *processor.tokenizer.added_tokens_decoder}
+    models.ours.banned = torch.tensor(sorted(banned), device=device)
+    grpo.create_model_from_path = lambda *_, **__: models.usual_ref  # handed over, not read anew
+
+    class Rows(Dataset):
+        cache_files = []
+
+        def __init__(self):  # it needs no table
+            pass
+
+        def __len__(self):
+            return repeats + 1
+
+        def __getitem__(self, _):
+            return row
+
+        def __getitems__(self, keys):
+            return [row for _ in keys]
+
+    class Turns(transformers.TrainerCallback):
+        def __init__(self):
+            self.laps, self.gaps = {"TRL": [], 0.0: [], 0.5: []}, []
+
+        def on_step_begin(self, *_, **__):
+            self.meter = bench.Meter(device, memory=True)
+            self.begun, self.preparing = time.perf_counter(), 0.0
+
+        def on_step_end(self, *_, **__):
+            top = self.meter.level(peak=True)
+            self.laps["TRL"].append((time.perf_counter() - self.begun, top, self.preparing))
+            self.gaps.append(difference(models, trainer._buffered_inputs, prefix, header))
+            trainer._buffered_inputs = None  # its pixels, which the next step makes anew
+            for failures in (0.0, 0.5):
+                self.laps[failures].append(our_step(models, prefix, header, C, failures))
+
+        def prepare(self, *images, **options):
+            begun = time.perf_counter()
+            made = type(processor.image_processor).preprocess(processor.image_processor, *images,
+                                                              **options)
+            self.preparing += time.perf_counter() - begun
+            return made
+
+    turns = Turns()
+    processor.image_processor.preprocess = turns.prepare
+    trainer = grpo.GRPOTrainer(
+        models.usual, lambda completions, **_: [float(n) for n in range(len(completions))],
+        grpo.GRPOConfig(
+            str(note.path.parent / "trl"), per_device_train_batch_size=models.G, use_cpu=not cuda,
+            num_generations=models.G, max_completion_length=C, beta=bench.BETA, top_p=bench.TOP_P,
+            generation_kwargs={"suppress_tokens": sorted(banned)}, max_steps=repeats + 1,
+            learning_rate=0.0, max_grad_norm=0.0, bf16=False, gradient_checkpointing=cuda,
+            logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True),
+        Rows(), processing_class=processor, callbacks=[turns],
+        optimizers=(models.optimizer, None))  # bf16=False: the weights are bfloat16 already
+    trainer.train()
+    tell(note, turns, f"P {len(prefix.ids)}, C {C}", cuda)
+
+
+def our_step(models: SimpleNamespace, prefix: tiny.Segment, header: tiny.Segment, C: int,
+             failures: float) -> tuple[float, int]:
+    """Return seconds and peak bytes of our whole step, a share of whose tries is repaired."""
+    way, meter = bench.Ours(models, prefix, header=header), bench.Meter(models.device, memory=True)
+    patch = torch.cat([header.ids[-1:].repeat(bench.PATCH), header.ids])  # of ids that are text
+
+    def do(part, work, *given):
+        if part == "repair":
+            given = [[replace(header, ids=patch)] * len(given[0]), C]
+        return None if part == "prefill" else work(*given)  # which the tries begin with anyway
+
+    begun = time.perf_counter()
+    list(bench.step(way, C, failures, do))
+    top = meter.level(peak=True)
+    return time.perf_counter() - begun, top
+
+
+@torch.no_grad()
+def difference(models: SimpleNamespace, batch: list, prefix: tiny.Segment,
+               header: tiny.Segment) -> float:
+    """Return the mean difference of our reference's log-probs of TRL's completions from TRL's."""
+    ids, found = batch[0]["completion_ids"], batch[0]["ref_per_token_logps"]
+    ours, _ = models.ours_ref([prefix], [header] * len(ids), [0] * len(ids), list(ids))
+    return (ours - found.flatten()).abs().mean().item()
+
+
+def tell(note: Findings, turns: object, shape: str, cuda: bool) -> None:
+    """Write TRL's figures and ours, without the first steps, which set libraries up."""
+    laps = {way: [median(values) for values in zip(*laps[1:])] for way, laps in turns.laps.items()}
+    seconds, top, preparing = laps["TRL"]
+    note(f"{shape}: mean difference of log-probs of TRL's completions, ours from TRL's",
+         turns.gaps[0], turns.gaps[0] < (0.05 if cuda else 1e-4))
+    note(f"{shape}: seconds of TRL's step, of which its processor prepares pictures",
+         [round(seconds, 2), round(preparing, 2)])
+    for failures in (0.0, 0.5):
+        ours, peak = laps[failures]
+        note(f"{shape}: our step, {100 * failures:.0f} % repaired: seconds, times faster, GiB at "
+             "the peak, TRL's there, ours over TRL's",
+             [round(ours, 2), round(seconds / ours, 2), round(peak / 2**30, 2),
+              round(top / 2**30, 2), round(peak / top, 2)])
+
+
 def evaluation(note: Findings, device: torch.device, dry: bool) -> None:
     """Time evaluate.py on a miniature VSI-Bench; tell how much of it is spent reading videos."""
     import miniature
+    import toy
+    import video
     from transformers import AutoModelForImageTextToText
     folder = note.path.parent / "evaluation"
-    miniature.make(folder)
-    import toy
+    film = folder / "vsibench/scannet/scene0000_00.mp4"
+    film.parent.mkdir(parents=True, exist_ok=True)
+    bench.write_film(film, "libx264", *(64, 64, 48) if dry else (640, 480, 1800))  # a minute
+    miniature.vsibench(folder, film)
     toy.save_student(folder / "student", 0, pretrained=False)
-    if not dry:  # the toy's processor on a 3B's weights
-        config = bench.make_config("3b")
-        for key in ("image_token_id", "video_token_id", "vision_start_token_id",
-                    "vision_end_token_id"):
-            small = json.loads((folder / "student/config.json").read_text())
-            setattr(config, key, small[key])
-        with torch.device(device):
-            made = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-        made.save_pretrained(folder / "student")
-    begin = time.time()
+    config = bench.make_config("cpu" if dry else "3b")  # the toy's processor on these shapes
+    for key in ("image", "video", "vision_start", "vision_end"):
+        small = json.loads((folder / "student/config.json").read_text())
+        setattr(config, f"{key}_token_id", small[f"{key}_token_id"])
+    with torch.device(device):
+        made = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    made.save_pretrained(folder / "student")
+    frames, begin = 4 if dry else 16, time.time()
     ran = subprocess.run(
         [sys.executable, str(ROOT / "evaluate.py"), "--benchmark", "vsibench", "--data",
          str(folder / miniature.DATA["vsibench"]), "--video_root", str(folder / "vsibench"),
          "--model", str(folder / "student"), "--output", str(folder / "run"), "--max_completion",
-         "8" if dry else "256", "--frames", "4" if dry else "16"], capture_output=True, text=True)
+         "8" if dry else "64", "--frames", str(frames)], capture_output=True, text=True)
+    seconds = time.time() - begin
     note("evaluate.py ends", ran.returncode, ran.returncode == 0, output=ran.stderr[-2000:])
     answers = len(read(folder / "run/answers.jsonl"))
-    note("questions a second, loading included", round(answers / (time.time() - begin), 3))
+    note("questions a second, loading included", round(answers / seconds, 3))
+    begin = time.time()
+    for _ in range(3):
+        video._video.cache_clear()  # each question's file is read by another process, or anew
+        video.decode(str(film), "video", frames, 128 * 28 * 28, 28)
+    once = (time.time() - begin) / 3
+    note("seconds to read one file alone, and that times the questions over the run's seconds",
+         [round(once, 3), round(once * answers / seconds, 3)])
 
 
 # ---------------------------------------------------------------------------------------------
 # All sections, each in a process of its own
 
-SECTIONS = {  # what to run, seconds it may take, and whether it needs what reads videos
-    "kernels": (kernels, 60, False), "trap": (trap, 45, False), "tokens": (tokens, 75, False),
-    "toy": (toy_run, 110, True), "decode": (decode, 90, False), "update": (update, 60, False),
-    "steps": (steps, 100, False), "evaluate": (evaluation, 60, True)}
+SECTIONS = {  # what to run, seconds it may take on a card, and the modules that it needs
+    "kernels": (kernels, 30, []), "trap": (trap, 15, []), "tokens": (tokens, 40, []),
+    "toy": (toy_run, 100, READING), "decode": (decode, 60, []), "update": (update, 30, []),
+    "steps": (steps, 90, []), "trl": (against_trl, 50, TRL),
+    "evaluate": (evaluation, 45, READING)}
 GROUPS = {"right": ("kernels", "trap", "tokens", "toy"),
-          "fast": ("decode", "update", "steps", "evaluate")}
+          "fast": ("decode", "update", "steps", "trl", "evaluate")}
 
 
-def about() -> dict:
+def card() -> list[str]:
+    """Return name and driver, [] without a card; torch is not asked, as sections are forked."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    asked = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version",
+                            "--format=csv,noheader"], text=True, capture_output=True)
+    return [] if asked.returncode else asked.stdout.split("\n")[0].split(", ")
+
+
+def about(found: list[str]) -> dict:
     """Return card, driver, versions and commit."""
-    cuda = torch.cuda.is_available()
     import transformers
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
                             capture_output=True).stdout.strip()
-    driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-                            text=True, capture_output=True).stdout.strip() if cuda else ""
-    return {"card": torch.cuda.get_device_name() if cuda else "none", "driver": driver,
-            "cuda": torch.version.cuda, "torch": torch.__version__,
+    name, driver = found or ("none", "")
+    return {"card": name, "driver": driver, "cuda": torch.version.cuda, "torch": torch.__version__,
             "transformers": transformers.__version__, "python": platform.python_version(),
             "commit": commit, "date": time.strftime("%Y-%m-%d"),
             "flash_attn": bool(student_module.flash_attn_varlen_func)}
 
 
-def write(folder: Path, rows: list[dict], ended: dict[str, str]) -> None:
+def write(folder: Path, machine: dict, rows: list[dict], ended: dict[str, str]) -> None:
     """Write gpu.json and gpu.md from what was found so far."""
-    found = {"about": about(), "sections": ended, "findings": rows}
+    found = {"about": machine, "sections": ended, "findings": rows}
     (folder / "gpu.json").write_text(json.dumps(found, indent=1))
     lines = [", ".join(f"{key} {value}" for key, value in found["about"].items() if value)]
     for section, how in ended.items():
@@ -505,31 +707,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for what is found")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, or right or fast")
     parser.add_argument("--dry", action="store_true", help="on the CPU, at toy sizes")
-    parser.add_argument("--section", help=argparse.SUPPRESS)
     flags = parser.parse_args(argv)
     flags.out = flags.out.absolute()
     flags.out.mkdir(parents=True, exist_ok=True)
-    if not flags.dry and not torch.cuda.is_available():
+    machine = about(found := card())
+    if not flags.dry and not found:
         parser.error("no CUDA device is here: --dry goes through the sections on the CPU")
-    if flags.section:
-        device = torch.device("cpu" if flags.dry else "cuda:0")
-        SECTIONS[flags.section][0](Findings(flags.out, flags.section), device, flags.dry)
-        return 0
     names = [n for word in flags.only.split(",") for n in GROUPS.get(word, (word,))]
     if unknown := set(names) - set(SECTIONS):
         parser.error(f"--only: no section is called {', '.join(sorted(unknown))}")
-    missing = [name for name in READING if importlib.util.find_spec(name) is None]
     rows, ended = [], {}
     for name in names:
-        _, limit, reads = SECTIONS[name]
         print(f"{name}:", flush=True)
         (flags.out / f"{name}.jsonl").unlink(missing_ok=True)
-        if reads and missing:
+        if missing := [n for n in SECTIONS[name][2] if importlib.util.find_spec(n) is None]:
             ended[name] = f"left out: needs {', '.join(missing)}"
         else:
-            ended[name] = run_section(name, 600 if flags.dry else limit, flags)
+            ended[name] = run_section(name, flags)
         rows += read(flags.out / f"{name}.jsonl")
-        write(flags.out, rows, ended)
+        write(flags.out, machine, rows, ended)
         print(f"  {ended[name]}", flush=True)
     wrong = [row for row in rows if row["right"] is False]
     broke = [name for name, how in ended.items() if how.startswith(("broke", "cut"))]
@@ -537,23 +733,33 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if wrong or broke else 0
 
 
-def run_section(name: str, limit: float, flags: argparse.Namespace) -> str:
-    """Run one section as a process; return how it ended."""
-    begin = time.time()
-    with open(flags.out / f"{name}.log", "w") as log:
-        process = subprocess.Popen(
-            [sys.executable, __file__, "--section", name, "--out", str(flags.out),
-             *["--dry"] * flags.dry], stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            code = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+def run_section(name: str, flags: argparse.Namespace) -> str:
+    """Run one section in a process forked from this one, all imports made; return how it ended."""
+    begin, limit = time.time(), 600 if flags.dry else SECTIONS[name][1]
+    process = multiprocessing.get_context("fork").Process(target=section, args=(name, flags))
+    process.start()
+    try:
+        process.join(limit)
+        if process.is_alive():
             return f"cut after {limit:g} s"
-    if code:
+    finally:
+        if process.is_alive():
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+    if process.exitcode:
         last = (flags.out / f"{name}.log").read_text(errors="replace").strip().split("\n")[-1]
-        return f"broke, exit code {code}: {last}"
+        return f"broke, exit code {process.exitcode}: {last}"
     return f"{time.time() - begin:.0f} s"
+
+
+def section(name: str, flags: argparse.Namespace) -> None:
+    """Run a section in this process, a group of its own; what it prints goes to its log."""
+    os.setsid()
+    with open(flags.out / f"{name}.log", "w") as log:
+        os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as Student.load does
+    device = torch.device("cpu" if flags.dry else "cuda:0")
+    SECTIONS[name][0](Findings(flags.out, name), device, flags.dry)
 
 
 if __name__ == "__main__":
