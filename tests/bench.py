@@ -149,7 +149,7 @@ class Usual:
         ids = torch.cat([self.prefix.ids, suffix.ids])[None].to(self.m.device)
         inputs = {"mm_token_type_ids": (ids == tiny.VIDEO).int() * 2, **self.video(1)}
         if self.m.config.model_type == "qwen2_5_vl":
-            inputs["second_per_grid_ts"] = self.prefix.seconds_per_grid.tolist()
+            inputs["second_per_grid_ts"] = self.prefix.seconds_per_grid.to(self.m.device)
         sampling = {} if greedy else dict(temperature=1.0, top_p=TOP_P, top_k=0)
         self.m.usual.eval()  # in training mode, activation checkpointing switches its cache off
         out = self.m.usual.generate(

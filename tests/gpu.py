@@ -11,12 +11,12 @@ Exit code 1 if anything was wrong or broke.
 
 It runs on a bare machine with Python 3.12, torch 2.11, torchvision, transformers 5.17 and numpy.
 Two groups of sections need more, and where it is missing they say so and are left out: `toy` and
-`evaluate`, which run train.py and evaluate.py on videos, av, jiwer, rapidfuzz, click, tqdm and
-pytest; `trl` trl, accelerate and psutil. As wheels all of these are 43 MB, 36 of them av:
+`evaluate`, which run train.py and evaluate.py on videos, av, jiwer, rapidfuzz, tqdm and pytest;
+`trl` trl, accelerate and psutil. As wheels all of these are 41 MB, 36 of them av:
 
     pip download -d WHEELS --no-deps --only-binary=:all: --python-version 3.12
-        --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 av jiwer rapidfuzz
-        click tqdm pytest pluggy iniconfig trl==1.16.0 accelerate psutil
+        --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 av==18.1.0 jiwer==4.0.0
+        rapidfuzz tqdm pytest pluggy iniconfig trl==1.16.0 accelerate psutil
     pip install --no-index --no-deps WHEELS/*.whl       on the other machine
 
 TRL also imports datasets, pandas and pyarrow (68 MB) to read and write tables, which no step does:
@@ -45,10 +45,12 @@ from pathlib import Path
 from statistics import median
 from types import ModuleType, SimpleNamespace
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched, and TRL reports no use of itself
 import torch
+import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's flat files
-os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched, and TRL reports no use of itself
 import bench
 import ffr
 import model as student_module
@@ -56,7 +58,7 @@ import tiny
 from model import Student, Tree, attention_names, cuda_graph, tree_attention
 
 ROOT = Path(__file__).resolve().parent.parent
-READING, TRL = "av jiwer rapidfuzz click tqdm pytest".split(), "trl accelerate psutil".split()
+READING, TRL = "av jiwer rapidfuzz tqdm pytest".split(), "trl accelerate psutil".split()
 REAL = "3b", "7b", "8b"  # Qwen2.5-VL 3B and 7B, Qwen3-VL 8B: shapes of tests/bench.py
 HEADS = {"3b": (16, 2), "7b": (28, 4), "8b": (32, 8)}  # of queries and of keys, each 128 wide
 
@@ -156,11 +158,11 @@ def trap(note: Findings, device: torch.device, dry: bool) -> None:
     q[:], k[:] = 3.5, -3.5  # scores of -139: every row's logsumexp is below -88.7
     mask = torch.ones(L, L, dtype=torch.bool, device=device).tril()
     for cudnn in (True, False):
-        if device.type == "cuda":
-            torch.backends.cuda.enable_cudnn_sdp(cudnn)
         inputs = [x.detach().clone().requires_grad_(True) for x in (q, k, v)]
-        out = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=mask)
-        out.sum().backward()
+        first = [SDPBackend.CUDNN_ATTENTION] * cudnn  # where this build and card have it
+        with sdpa_kernel([*first, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], True):
+            out = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=mask)
+            out.sum().backward()
         finite = all(bool(x.grad.isfinite().all()) for x in inputs)
         note(f"gradients with an explicit mask are finite, cuDNN {'on' if cudnn else 'off'}",
              finite, None if cudnn else finite)
@@ -199,10 +201,9 @@ def make_student(name: str, device: torch.device, dtype: torch.dtype, trainable:
     """Return a student of random weights in the shapes of tests/bench.py."""
     names = attention_names(attention, device.type == "cuda", dtype)
     torch.manual_seed(seed)
-    from transformers import AutoModelForImageTextToText
     with torch.device(device):
-        made = AutoModelForImageTextToText.from_config(bench.make_config(name), dtype=dtype,
-                                                       attn_implementation=names)
+        made = transformers.AutoModelForImageTextToText.from_config(
+            bench.make_config(name), dtype=dtype, attn_implementation=names)
     with torch.no_grad():
         for p in made.parameters():
             if p.ndim > 1:
@@ -245,6 +246,11 @@ def family(note: Findings, name: str, device: torch.device, prefix: tiny.Segment
     if cuda:
         same = all(a.ids.equal(b.ids) for a, b in zip(greedy, sample(exact, 0.0, cuda_graph)))
         note(f"{name}, fp32: greedy ids with CUDA graphs equal those without", same, same)
+        ends, exact.eos_ids = exact.eos_ids, set(range(100))  # rows end all along the way
+        drawn = [[c.ids for c in sample(exact, 1.0, record)] for record in (None, cuda_graph)]
+        same, exact.eos_ids = all(a.equal(b) for a, b in zip(*drawn)), ends
+        note(f"{name}, fp32: the same where rows of {[len(ids) for ids in drawn[0]]} tokens are "
+             "drawn", same, same)
         on_cpu = make_student(name, torch.device("cpu"), torch.float32)
         on_cpu.load_state_dict({key: w.cpu() for key, w in exact.state_dict().items()})
         gap = (score(exact, greedy) - score(on_cpu, greedy)).abs().max().item()
@@ -472,7 +478,6 @@ def picture_prompt(models: SimpleNamespace, folder: str, P: int) -> tuple:
     set; and our prefix and header, cut from the very tensors that the processor makes of that row.
     """
     import numpy as np
-    import transformers
     from PIL import Image
     processor = transformers.AutoProcessor.from_pretrained(folder)
     processor.image_processor = transformers.Qwen2VLImageProcessor(
@@ -510,16 +515,33 @@ def against_trl(note: Findings, device: torch.device, dry: bool) -> None:
     with none, and with half of the tries repaired.
     """
     grpo, cuda = import_trl(), device.type == "cuda"
-    import transformers
-    from datasets import Dataset
     P, C, repeats = (120, 8, 1) if dry else (1250, 128, 2)
     models = bench.make_models(bench.parse([] if not cuda else [
         "--device", "cuda", "--model", "3b", "--recompute", "--cuda_graphs"]))
     with checkpoint() as folder:
         processor, row, prefix, header = picture_prompt(models, folder, P)
-    banned = {*bench.FORBIDDEN, *processor.tokenizer.added_tokens_decoder}
-    models.ours.banned = torch.tensor(sorted(banned), device=device)
+    banned = sorted({*bench.FORBIDDEN, *processor.tokenizer.added_tokens_decoder})
+    models.ours.banned = torch.tensor(banned, device=device)
     grpo.create_model_from_path = lambda *_, **__: models.usual_ref  # handed over, not read anew
+    turns = Turns(note, models, prefix, header, C)
+    processor.image_processor.preprocess = turns.prepare
+    turns.trainer = grpo.GRPOTrainer(
+        models.usual, lambda completions, **_: [float(n) for n in range(len(completions))],
+        grpo.GRPOConfig(  # not bf16, which is autocast: the weights are bfloat16 already
+            str(note.path.parent / "trl"), per_device_train_batch_size=models.G, use_cpu=not cuda,
+            num_generations=models.G, max_completion_length=C, beta=bench.BETA, top_p=bench.TOP_P,
+            generation_kwargs={"suppress_tokens": banned}, max_steps=repeats + 1, bf16=False,
+            learning_rate=0.0, max_grad_norm=0.0, gradient_checkpointing=cuda,
+            logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True),
+        data_set(row, repeats + 1), processing_class=processor, callbacks=[turns],
+        optimizers=(models.optimizer, None))
+    turns.trainer.train()
+    turns.tell()
+
+
+def data_set(row: dict, count: int) -> object:
+    """Return what TRL takes for one of datasets' tables: a row, several times."""
+    from datasets import Dataset
 
     class Rows(Dataset):
         cache_files = []
@@ -528,51 +550,59 @@ def against_trl(note: Findings, device: torch.device, dry: bool) -> None:
             pass
 
         def __len__(self):
-            return repeats + 1
+            return count
 
         def __getitem__(self, _):
             return row
 
         def __getitems__(self, keys):
             return [row for _ in keys]
+    return Rows()
 
-    class Turns(transformers.TrainerCallback):
-        def __init__(self):
-            self.laps, self.gaps = {"TRL": [], 0.0: [], 0.5: []}, []
 
-        def on_step_begin(self, *_, **__):
-            self.meter = bench.Meter(device, memory=True)
-            self.begun, self.preparing = time.perf_counter(), 0.0
+class Turns(transformers.TrainerCallback):
+    """A stopwatch and a scale for TRL's steps, which takes our steps between them."""
 
-        def on_step_end(self, *_, **__):
-            top = self.meter.level(peak=True)
-            self.laps["TRL"].append((time.perf_counter() - self.begun, top, self.preparing))
-            self.gaps.append(difference(models, trainer._buffered_inputs, prefix, header))
-            trainer._buffered_inputs = None  # its pixels, which the next step makes anew
-            for failures in (0.0, 0.5):
-                self.laps[failures].append(our_step(models, prefix, header, C, failures))
+    def __init__(self, note: Findings, models: SimpleNamespace, prefix: tiny.Segment,
+                 header: tiny.Segment, C: int):
+        self.note, self.given, self.models = note, (models, prefix, header, C), models
+        self.shape = f"P {len(prefix.ids)}, C {C}"
+        self.laps = {"TRL": [], 0.0: [], 0.5: []}  # seconds, peak bytes and, of TRL, preparing
 
-        def prepare(self, *images, **options):
-            begun = time.perf_counter()
-            made = type(processor.image_processor).preprocess(processor.image_processor, *images,
-                                                              **options)
-            self.preparing += time.perf_counter() - begun
-            return made
+    def prepare(self, *pictures, **options):
+        """Prepare pictures as the processor does, and count the seconds."""
+        begun, processor = time.perf_counter(), self.trainer.processing_class.image_processor
+        made = type(processor).preprocess(processor, *pictures, **options)
+        self.preparing += time.perf_counter() - begun
+        return made
 
-    turns = Turns()
-    processor.image_processor.preprocess = turns.prepare
-    trainer = grpo.GRPOTrainer(
-        models.usual, lambda completions, **_: [float(n) for n in range(len(completions))],
-        grpo.GRPOConfig(
-            str(note.path.parent / "trl"), per_device_train_batch_size=models.G, use_cpu=not cuda,
-            num_generations=models.G, max_completion_length=C, beta=bench.BETA, top_p=bench.TOP_P,
-            generation_kwargs={"suppress_tokens": sorted(banned)}, max_steps=repeats + 1,
-            learning_rate=0.0, max_grad_norm=0.0, bf16=False, gradient_checkpointing=cuda,
-            logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True),
-        Rows(), processing_class=processor, callbacks=[turns],
-        optimizers=(models.optimizer, None))  # bf16=False: the weights are bfloat16 already
-    trainer.train()
-    tell(note, turns, f"P {len(prefix.ids)}, C {C}", cuda)
+    def on_step_begin(self, *_, **__):
+        self.meter = bench.Meter(self.models.device, memory=True)
+        self.begun, self.preparing = time.perf_counter(), 0.0
+
+    def on_step_end(self, *_, **__):
+        top = self.meter.level(peak=True)
+        self.laps["TRL"].append((time.perf_counter() - self.begun, top, self.preparing))
+        if len(self.laps["TRL"]) == 1:
+            gap = difference(*self.given[:3], self.trainer._buffered_inputs[0])
+            self.note(f"{self.shape}: mean difference of log-probs of TRL's completions, ours from "
+                      "TRL's", gap, gap < (0.05 if self.models.device.type == "cuda" else 1e-4))
+        self.trainer._buffered_inputs = None  # its pixels, which the next step makes anew
+        for failures in (0.0, 0.5):
+            self.laps[failures].append(our_step(*self.given, failures))
+
+    def tell(self):
+        """Write the medians, without the first steps, which set libraries up."""
+        laps = {way: [median(x) for x in zip(*laps[1:])] for way, laps in self.laps.items()}
+        seconds, top, preparing = laps["TRL"]
+        self.note(f"{self.shape}: seconds of TRL's step, of which its processor prepares pictures",
+                  [round(seconds, 2), round(preparing, 2)])
+        for failures in (0.0, 0.5):
+            ours, peak = laps[failures]
+            self.note(f"{self.shape}: our step, {100 * failures:.0f} % repaired: seconds, times "
+                      "faster than TRL's; GiB at the peak, TRL's there, ours over TRL's",
+                      [round(ours, 2), round(seconds / ours, 2), round(peak / 2**30, 2),
+                       round(top / 2**30, 2), round(peak / top, 2)])
 
 
 def our_step(models: SimpleNamespace, prefix: tiny.Segment, header: tiny.Segment, C: int,
@@ -593,28 +623,12 @@ def our_step(models: SimpleNamespace, prefix: tiny.Segment, header: tiny.Segment
 
 
 @torch.no_grad()
-def difference(models: SimpleNamespace, batch: list, prefix: tiny.Segment,
-               header: tiny.Segment) -> float:
+def difference(models: SimpleNamespace, prefix: tiny.Segment, header: tiny.Segment,
+               batch: dict) -> float:
     """Return the mean difference of our reference's log-probs of TRL's completions from TRL's."""
-    ids, found = batch[0]["completion_ids"], batch[0]["ref_per_token_logps"]
+    ids, found = batch["completion_ids"], batch["ref_per_token_logps"]
     ours, _ = models.ours_ref([prefix], [header] * len(ids), [0] * len(ids), list(ids))
     return (ours - found.flatten()).abs().mean().item()
-
-
-def tell(note: Findings, turns: object, shape: str, cuda: bool) -> None:
-    """Write TRL's figures and ours, without the first steps, which set libraries up."""
-    laps = {way: [median(values) for values in zip(*laps[1:])] for way, laps in turns.laps.items()}
-    seconds, top, preparing = laps["TRL"]
-    note(f"{shape}: mean difference of log-probs of TRL's completions, ours from TRL's",
-         turns.gaps[0], turns.gaps[0] < (0.05 if cuda else 1e-4))
-    note(f"{shape}: seconds of TRL's step, of which its processor prepares pictures",
-         [round(seconds, 2), round(preparing, 2)])
-    for failures in (0.0, 0.5):
-        ours, peak = laps[failures]
-        note(f"{shape}: our step, {100 * failures:.0f} % repaired: seconds, times faster, GiB at "
-             "the peak, TRL's there, ours over TRL's",
-             [round(ours, 2), round(seconds / ours, 2), round(peak / 2**30, 2),
-              round(top / 2**30, 2), round(peak / top, 2)])
 
 
 def evaluation(note: Findings, device: torch.device, dry: bool) -> None:
@@ -622,7 +636,6 @@ def evaluation(note: Findings, device: torch.device, dry: bool) -> None:
     import miniature
     import toy
     import video
-    from transformers import AutoModelForImageTextToText
     folder = note.path.parent / "evaluation"
     film = folder / "vsibench/scannet/scene0000_00.mp4"
     film.parent.mkdir(parents=True, exist_ok=True)
@@ -634,7 +647,7 @@ def evaluation(note: Findings, device: torch.device, dry: bool) -> None:
         small = json.loads((folder / "student/config.json").read_text())
         setattr(config, f"{key}_token_id", small[f"{key}_token_id"])
     with torch.device(device):
-        made = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+        made = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     made.save_pretrained(folder / "student")
     frames, begin = 4 if dry else 16, time.time()
     ran = subprocess.run(
@@ -659,10 +672,10 @@ def evaluation(note: Findings, device: torch.device, dry: bool) -> None:
 # All sections, each in a process of its own
 
 SECTIONS = {  # what to run, seconds it may take on a card, and the modules that it needs
-    "kernels": (kernels, 30, []), "trap": (trap, 15, []), "tokens": (tokens, 40, []),
+    "kernels": (kernels, 25, []), "trap": (trap, 15, []), "tokens": (tokens, 40, []),
     "toy": (toy_run, 100, READING), "decode": (decode, 60, []), "update": (update, 30, []),
-    "steps": (steps, 90, []), "trl": (against_trl, 50, TRL),
-    "evaluate": (evaluation, 45, READING)}
+    "steps": (steps, 90, []), "trl": (against_trl, 60, TRL),
+    "evaluate": (evaluation, 40, READING)}
 GROUPS = {"right": ("kernels", "trap", "tokens", "toy"),
           "fast": ("decode", "update", "steps", "trl", "evaluate")}
 
@@ -678,7 +691,6 @@ def card() -> list[str]:
 
 def about(found: list[str]) -> dict:
     """Return card, driver, versions and commit."""
-    import transformers
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
                             capture_output=True).stdout.strip()
     name, driver = found or ("none", "")
