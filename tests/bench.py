@@ -122,11 +122,12 @@ def make_models(flags):
 def make_prefix(model, P):
     """Return a prompt of P tokens: 16 frames, as large as leaves some 50 for the question.
 
-    The clip is short: under a second, Hugging Face's position rule and the checkpoints' agree.
+    The clip is so short that all frames have one temporal position, as Hugging Face's rules (that
+    of transformers 5.17 cuts seconds off to whole ones) and the checkpoints' agree.
     """
     family, side = "qwen3_vl" if model in QWEN3 else "qwen2_5_vl", 2 * math.isqrt((P - 60) // 8)
     without = tiny.video(family, 8, side, side, 0)
-    return tiny.video(family, 8, side, side, P - len(without.ids), seconds=0.1)
+    return tiny.video(family, 8, side, side, P - len(without.ids), seconds=0.05)
 
 
 def rollout(suffix, ids_C, logp_C=None):
