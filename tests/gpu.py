@@ -11,12 +11,12 @@ Exit code 1 if anything was wrong or broke.
 
 It runs on a bare machine with Python 3.12, torch 2.11, torchvision, transformers 5.17 and numpy.
 Two groups of sections need more, and where it is missing they say so and are left out: `toy` and
-`evaluate`, which run train.py and evaluate.py on videos, av, jiwer, rapidfuzz, tqdm and pytest;
-`trl` trl, accelerate and psutil. As wheels all of these are 41 MB, 36 of them av:
+`evaluate`, which run train.py and evaluate.py on videos, av, jiwer, rapidfuzz, nltk, tqdm and
+pytest; `trl` trl, accelerate and psutil. As wheels all of these are 42 MB, 36 of them av:
 
     pip download -d WHEELS --no-deps --only-binary=:all: --python-version 3.12
         --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 av==18.1.0 jiwer==4.0.0
-        rapidfuzz tqdm pytest pluggy iniconfig trl==1.16.0 accelerate psutil
+        rapidfuzz nltk tqdm pytest pluggy iniconfig trl==1.16.0 accelerate psutil
     pip install --no-index --no-deps WHEELS/*.whl       on the other machine
 
 TRL also imports datasets, pandas and pyarrow (68 MB) to read and write tables, which no step does:
@@ -58,7 +58,7 @@ import tiny
 from model import Student, Tree, attention_names, cuda_graph, tree_attention
 
 ROOT = Path(__file__).resolve().parent.parent
-READING, TRL = "av jiwer rapidfuzz tqdm pytest".split(), "trl accelerate psutil".split()
+READING, TRL = "av jiwer rapidfuzz nltk tqdm pytest".split(), "trl accelerate psutil".split()
 REAL = "3b", "7b", "8b"  # Qwen2.5-VL 3B and 7B, Qwen3-VL 8B: shapes of tests/bench.py
 HEADS = {"3b": (16, 2), "7b": (28, 4), "8b": (32, 8)}  # of queries and of keys, each 128 wide
 
@@ -293,7 +293,8 @@ def plain_greedy(student: Student, prefix: tiny.Segment, suffix: tiny.Segment,
 def toy_run(note: Findings, device: torch.device, dry: bool) -> None:
     """Train on the toy world as a user does, kill it, resume it; compare with a straight run."""
     folder = note.path.parent / "toy"
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     steps = 3 if dry else 15
     flags = ["--steps", str(steps), "--save_every", "2"]
     if dry:
@@ -312,6 +313,10 @@ def toy_run(note: Findings, device: torch.device, dry: bool) -> None:
     said = (straight.stdout + straight.stderr)[-3000:]
     note("train.py ends", straight.returncode, straight.returncode == 0, output=said)
     note("its seconds, world and warm-up included", round(time.time() - begin, 1))
+    if straight.returncode:
+        return
+    unread = [row["reason"] for row in read(folder / "straight/bad_samples.jsonl")]
+    note("samples that could not be read", unread, not unread)
     rows = read(folder / "straight/metrics.jsonl")
     for key in ("logp_mismatch", "clip_fraction"):
         note(f"largest {key}", max(row[key] for row in rows))
@@ -637,6 +642,7 @@ def evaluation(note: Findings, device: torch.device, dry: bool) -> None:
     import toy
     import video
     folder = note.path.parent / "evaluation"
+    shutil.rmtree(folder, ignore_errors=True)
     film = folder / "vsibench/scannet/scene0000_00.mp4"
     film.parent.mkdir(parents=True, exist_ok=True)
     bench.write_film(film, "libx264", *(64, 64, 48) if dry else (640, 480, 1800))  # a minute
@@ -657,15 +663,17 @@ def evaluation(note: Findings, device: torch.device, dry: bool) -> None:
          "8" if dry else "64", "--frames", str(frames)], capture_output=True, text=True)
     seconds = time.time() - begin
     note("evaluate.py ends", ran.returncode, ran.returncode == 0, output=ran.stderr[-2000:])
-    answers = len(read(folder / "run/answers.jsonl"))
-    note("questions a second, loading included", round(answers / seconds, 3))
+    answers = read(folder / "run/answers.jsonl")
+    unread = [row["error"] for row in answers if "error" in row]
+    note("questions that could not be asked", unread, not unread)
+    note("questions a second, loading included", round(len(answers) / seconds, 3))
     begin = time.time()
     for _ in range(3):
         video._video.cache_clear()  # each question's file is read by another process, or anew
         video.decode(str(film), "video", frames, 128 * 28 * 28, 28)
     once = (time.time() - begin) / 3
     note("seconds to read one file alone, and that times the questions over the run's seconds",
-         [round(once, 3), round(once * answers / seconds, 3)])
+         [round(once, 3), round(once * len(answers) / seconds, 3)])
 
 
 # ---------------------------------------------------------------------------------------------
