@@ -697,6 +697,9 @@ def conclusion(config: Config) -> tuple[int, str]:
     said = {id for id, row in run.answers.items() if row["text"].strip()}
     left = sum(bool(config.model and q.id not in run.answers or config.judge and q.judged
                     and q.id in said - run.verdicts.keys()) for q in run.questions)
+    errors = [row["error"] for row in run.answers.values() if row.get("error")]
+    if len(errors) == len(run.questions):
+        return len(errors), f"not one question of {config.output} could be answered: {errors[0]}"
     again = typed(*sys.argv[1:], *["--resume"] * (not config.resume))
     table_of = f"beside others: python evaluate.py table {config.output} RUN ..."
     return left, f"{left} of {len(run.questions)} questions in {config.output} lack an answer or " \

@@ -778,6 +778,8 @@ def to_the_end(run: Run) -> int:
                 save(run)
             if stopped:
                 break
+        require(stopped or any(everyone(run.decoded_any)), "not one file of the run could be read: "
+                f"{run.output / 'bad_samples.jsonl'} says why")
         if stopped and run.step:  # perhaps within an evaluation, between two checkpoints
             save(run)
     finally:

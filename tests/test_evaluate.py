@@ -216,6 +216,12 @@ def test_missing_and_broken_videos_cost_their_questions_only(world, tmp_path, ca
     assert rows(tmp_path / "broken")["vidB/1"]["error"].startswith("undecodable: ")
     assert "| overall, of those with a video and an answer |" in report
     assert "| overall | 0.0 | 4 | 0.0 | 4 |" in report
+    assert evaluate.conclusion(config(world, "holmes", tmp_path / "broken"))[0] == 0
+    (root / "vidA.mp4").write_bytes(b"no video")
+    evaluate.evaluate(all_lost := config(world, "holmes", tmp_path / "lost", video_root=root))
+    left, said = evaluate.conclusion(all_lost)
+    assert left == 4 and said.startswith("not one question of ") and "undecodable" in said
+    miniature.clip(root / "vidA.mp4", world / "source.mp4")
     (root / "vidB.mp4").unlink()
     report = evaluate.evaluate(config(world, "holmes", tmp_path / "gone", video_root=root))
     assert "4 questions, 2 missing, 0 undecodable" in report

@@ -216,6 +216,8 @@ def test_what_cannot_be_read_ends_a_run(world, tmp_path):
     with pytest.raises(ValueError, match="not one of 4 files could be read; sample train-"):
         run(config)
     assert len(runs.read_log(tmp_path / "run/bad_samples.jsonl")) == 4
+    with pytest.raises(ValueError, match="^not one file of the run could be read: .*samples.jsonl"):
+        run(replace(config, output=str(tmp_path / "short"), steps=2))  # never comes to all four
 
 
 def test_a_second_writer_is_refused(world, tmp_path):
