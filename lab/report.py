@@ -14,7 +14,6 @@ import base64
 import hashlib
 import io
 import json
-import math
 import re
 import statistics
 import sys
@@ -171,7 +170,7 @@ def training(folder: Path, room: int = 10**9) -> dict:
     size = (folder / "rollouts.jsonl").stat().st_size if steps else 0
     kept = set(steps[::1 + size // (4 * room)])
     groups = [row | {"slots": [seen_slot(slot, row["slots"]) for slot in row["slots"]],
-                     "strip": folder / row["thumbnails"] if row["thumbnails"] else None,
+                     "strip": row["thumbnails"] and str(folder / row["thumbnails"]),
                      "dead": not any(slot["advantage"] for slot in row["slots"])}
               for row in rollouts if row["step"] in kept]
     return {
@@ -326,19 +325,12 @@ def gather(folders: Iterable[Path | str], room: int) -> tuple[dict, dict]:
     page = {"title": f"{len(paths)} runs side by side" if several else paths[0].resolve().name,
             "several": several, "differing": differing(runs), "rows": pooled(runs), "runs": runs,
             "evaluations": [answered(group) for group in benchmarks.values()]}
-    return page, plain({
+    drawn = {
         "runs": [{"name": run["name"], "row": run["row"], **run.pop("drawn")} for run in runs],
         "rows": [row["label"] for row in page["rows"]], "outcomes": OUTCOMES, "fates": FATES,
-        "evaluations": [found.pop("drawn") for found in page["evaluations"]]})
-
-
-def plain(x: Any) -> Any:
-    """Return a value as JSON has it: numbers of five digits, none that is not finite."""
-    if isinstance(x, float):
-        return float(f"{x:.5g}") if math.isfinite(x) else None
-    if isinstance(x, dict):
-        return {name: plain(one) for name, one in x.items()}
-    return [plain(one) for one in x] if isinstance(x, (list, tuple)) else x
+        "evaluations": [found.pop("drawn") for found in page["evaluations"]]}
+    return page, json.loads(json.dumps(drawn), parse_constant=lambda _: None,  # NaN is no JSON
+                            parse_float=lambda digits: float(f"{float(digits):.5g}"))
 
 
 def shorten(drawn: dict, size: Callable[[], int], room: int) -> list[str]:
@@ -395,7 +387,7 @@ def thumbnails(groups: list[dict], room: int) -> tuple[dict[str, str], list[str]
     for group in groups:
         path, width = group["strip"], (group["thumbnail_size"] or [1])[0]
         if path not in names:
-            data = path.read_bytes() if path.is_file() else b""
+            data = Path(path).read_bytes() if Path(path).is_file() else b""
             whole = data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9")
             names[path] = hashlib.sha256(data).hexdigest()[:12] if whole else None
             strips |= {names[path]: (data, width)} if whole else {}
@@ -418,7 +410,7 @@ def thumbnails(groups: list[dict], room: int) -> tuple[dict[str, str], list[str]
 
 def embedded(x: Any) -> Markup:
     """Return a value as JSON in which no tag can end or open."""
-    text = json.dumps(x, ensure_ascii=False, separators=(",", ":"), default=str)
+    text = json.dumps(x, ensure_ascii=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c"))
 
 
@@ -445,8 +437,8 @@ def write(folders: Sequence[Path | str], output: Path | str = "", max_mb: float 
     output = Path(output or (base if len(folders) == 1 else base.parent) / "report.html")
     page, drawn = gather(folders, room)
     shell = len(template().render(page, max_mb=max_mb).encode("utf-8", "backslashreplace")) + 500
-    strips = {path.name: path.stat().st_size for run in drawn["runs"] for group in run["groups"]
-              if (path := group["strip"]) and path.is_file()}
+    paths = {group["strip"] for run in drawn["runs"] for group in run["groups"]} - {None}
+    strips = {path.name: path.stat().st_size for path in map(Path, paths) if path.is_file()}
     said = shorten(drawn, size, int(max(0.5 * room, room - 1.4 * sum(strips.values()))))
     least = size()
     require(least <= room, f"--max_mb {max_mb:g}: without rollouts the page has {least / 1e6:.2g}")
