@@ -442,7 +442,14 @@ def test_filters_count_what_the_files_hold(seen, run):
 def test_a_click_on_a_group_and_the_keyboard_lead_to_a_slot(seen):
     """Catches: a cell that leads to another group; slots and curves that need a mouse."""
     at(seen, "steps")
+    seen.locator(".steps a").first.focus()
+    for key in ("ArrowDown", "ArrowDown", "ArrowRight", "ArrowRight", "ArrowRight"):
+        seen.keyboard.press(key)
+    seen.keyboard.press("Enter")
+    keyed = seen.locator(".group .where").inner_text()
+    at(seen, "steps")
     seen.locator(".step").nth(2).locator("a").nth(3).click()
+    assert seen.locator(".group .where").inner_text() == keyed
     assert seen.locator(".group .where").inner_text().startswith("Step 2, rank 1 · sample sample-2")
     chip = seen.locator(".chip[aria-selected=true]")
     before = chip.inner_text()
