@@ -172,7 +172,7 @@ def training(folder: Path, room: int = 10**9) -> dict:
     groups = [row | {"slots": [seen_slot(slot, row["slots"]) for slot in row["slots"]],
                      "strip": row["thumbnails"] and str(folder / row["thumbnails"]),
                      "dead": not any(slot["advantage"] for slot in row["slots"])}
-              for row in rollouts if row["step"] in kept]
+              for row in rollouts if row["step"] in kept and row["slots"]]
     return {
         "folder": folder, "config": config, "about": config.pop("about", {}), "notes": notes,
         "done": done, "bad": bad, "unread": len({row["id"] for row in bad}),

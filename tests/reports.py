@@ -111,8 +111,9 @@ def make_run(folder, steps=4, ranks=2, prompts=2, kinds=KINDS, samples=3, seed=0
               "output": str(folder), "resume": False, "seed": seed, "steps": steps, "kappa": 0.3,
               "batch_prompts": prompts, "rollouts": len(kinds), "teacher": "annotated",
               "pass_mark": 0.5, "template": MARKUP, **flags}
-    about = {"command": f"train.py {MARKUP}", "commit": "c0ffee", "python": "3.11", "torch": "2.15",
-             "transformers": "5.23", "cards": [], "processes": ranks, "student": "s", "files": {}}
+    about = {"command": f"train.py {MARKUP} --output {folder}", "commit": "c0ffee",
+             "python": "3.11", "torch": "2.15", "transformers": "5.23", "cards": [],
+             "processes": ranks, "student": "s", "files": {}}
     (folder / "config.json").write_text(json.dumps(config | {"about": about}))
     names = [f"sample-{i}" for i in range(samples)]
     rows = []

@@ -184,6 +184,16 @@ def test_max_mb_holds_and_what_is_missing_is_said(tmp_path):
     assert not (tmp_path / "none.html").exists()
 
 
+def test_frames_without_room_are_left_out_and_counted(tmp_path):
+    """Catches: a strip more than there is room for; a group that points to one left out."""
+    run = make_run(tmp_path / "run", samples=16, noisy=True, size=(128, 72))
+    groups, room = report.training(run)["drawn"]["groups"], 12_000
+    shown, said = report.thumbnails(groups, room)
+    assert 0 < len(shown) < 16 and len(json.dumps(shown)) <= room
+    assert said == ["frames are shown at most 32 pixels high",
+                    f"{16 - len(shown)} samples are shown without their frames"]
+
+
 def test_damaged_strips_are_named(tmp_path):
     """Catches: half a JPEG embedded, or a page that cannot be written for it."""
     run = make_run(tmp_path / "run")
