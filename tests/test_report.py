@@ -456,9 +456,12 @@ def test_a_click_on_a_group_and_the_keyboard_lead_to_a_slot(seen):
     for key in ("ArrowDown", "ArrowDown", "ArrowRight", "ArrowRight", "ArrowRight"):
         seen.keyboard.press(key)
     seen.keyboard.press("Enter")
+    back = seen.get_by_text("all groups that match").first
+    back.wait_for()
     keyed = seen.locator(".group .where").inner_text()
     at(seen, "steps")
     seen.locator(".step").nth(2).locator("a").nth(3).click()
+    back.wait_for()
     assert seen.locator(".group .where").inner_text() == keyed
     assert seen.locator(".group .where").inner_text().startswith("Step 2, rank 1 · sample sample-2")
     chip = seen.locator(".chip[aria-selected=true]")
