@@ -26,10 +26,11 @@ def lines(path, rows, torn=""):
 
 
 def strip(path, rng, size, noisy=False):
-    """Write a strip of grey frames side by side as JPEG; noisy ones are several times as large."""
+    """Write a strip of ever lighter frames as JPEG; noisy ones are several times as large."""
     width, height = size[0] * len(TIMES), size[1]
-    shade = 40 + 30 * len(list(path.parent.iterdir()))
-    image = Image.new("RGB", (width, height), 3 * (shade % 256,))
+    image, darkest = Image.new("RGB", (width, height)), 40 + 2 * len(list(path.parent.iterdir()))
+    for i in range(len(TIMES)):
+        image.paste(3 * (darkest + 25 * i,), (i * size[0], 0, (i + 1) * size[0], height))
     if noisy:
         small = width // 4, height // 4
         image = Image.frombytes("RGB", small, rng.randbytes(3 * small[0] * small[1]))

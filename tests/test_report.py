@@ -391,8 +391,8 @@ def test_every_curve_has_its_points(seen, run):
     assert layers == ["4"] * 3  # load, decode, train; other took no time
 
 
-def test_boxes_lie_where_the_patch_says(seen):
-    """Catches: a box on another frame, of another size, or counted from another corner."""
+def test_boxes_lie_where_the_patch_says_on_the_right_frames(seen, run):
+    """Catches: a box on another frame, of another size, from another corner; frames mixed up."""
     from io import BytesIO
 
     from PIL import Image
@@ -401,9 +401,12 @@ def test_boxes_lie_where_the_patch_says(seen):
     assert frames.count() == 6
     assert [i for i in range(6) if "marked" in frames.nth(i).get_attribute("class")] == [2, 3]
     assert frames.nth(3).locator("time").inner_text().split() == ["3", "1.5", "s"]
+    strip = Image.open(run / rows(run / "rollouts.jsonl")[0]["thumbnails"])
     for i in range(6):
         shot = Image.open(BytesIO(frames.nth(i).locator(".picture").screenshot())).convert("RGB")
         w, h = shot.size
+        kept = strip.getpixel((strip.width * (2 * i + 1) // 12, strip.height // 10))
+        assert abs(shot.getpixel((w // 2, h // 10))[0] - kept[0]) < 6
         x1, y1, x2, y2 = (round(share * side) for share, side in zip(BOX, (w, h, w, h)))
 
         def orange(x, y, shot=shot):
