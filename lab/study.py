@@ -41,6 +41,7 @@ CONDITIONS = (  # name, flags of train.py, tables it is in
     ("ffr", "--method ffr", "methods kappa evidence tokens"),
     ("ffr_plain", "--method ffr --score_under plain", "methods tokens"),
     ("ffr_visd", "--method ffr_visd", "methods"),
+    ("ffr_ahead", "--method ffr --ahead 1", "methods"),
     ("sft", "--method sft", "methods"),
     ("sft_teacher", "--method sft_teacher", "methods"),
     # the length bonus' band is the same share of the longest completion as in Video-R1
@@ -204,7 +205,8 @@ def unlike(runs_of: Start) -> list[str]:
     found = {}
     for name, flags, _ in CONDITIONS:
         for config, evals, _ in runs_of[name]:
-            same = {**config, "accuracy before": evals[0]["accuracy"]}
+            about = {k: v for k, v in config.get("about", {}).items() if k != "command"}
+            same = {**config, "about": about, "accuracy before": evals[0]["accuracy"]}
             for key in same.keys() - {"method", "seed", "output", "resume"}:
                 if f"--{key}" not in flags.split():
                     runs = found.setdefault(key, {}).setdefault(str(same[key]), [])

@@ -138,6 +138,18 @@ def test_the_table_says_what_the_files_say(tmp_path, monkeypatch):
             in (tmp_path / "study.md").read_text())
 
 
+def test_every_run_has_a_command_of_its_own(tmp_path):
+    """Catches: runs called not comparable for the command that made them; another student not."""
+    def run_of(name, about):
+        return [({"lr": 1e-4, "seed": 0, "about": about}, [{"accuracy": 0.5}], [])]
+
+    both = {name: [] for name, *_ in study.CONDITIONS}
+    both |= {name: run_of(name, {"command": name, "student": "s"}) for name in ("ffr", "grpo")}
+    assert study.unlike(both) == []
+    both["grpo"] = run_of("grpo", {"command": "grpo", "student": "t"})
+    assert any("'t'" in sentence and "grpo-0 only" in sentence for sentence in study.unlike(both))
+
+
 def test_the_plots_show_the_means(tmp_path):
     """Catches: a curve of one seed, a moving average that drops the ends, null counted as zero, a
     condition that has another colour where others have no runs.
