@@ -144,7 +144,8 @@ def test_every_run_has_a_command_of_its_own(tmp_path):
         return [({"lr": 1e-4, "seed": 0, "about": about}, [{"accuracy": 0.5}], [])]
 
     both = {name: [] for name, *_ in study.CONDITIONS}
-    both |= {name: run_of(name, {"command": name, "student": "s"}) for name in ("ffr", "grpo")}
+    names = "ffr", "grpo", "sft"
+    both |= {name: run_of(name, {"command": name, "student": "s"}) for name in names}
     assert study.unlike(both) == []
     both["grpo"] = run_of("grpo", {"command": "grpo", "student": "t"})
     assert any("'t'" in sentence and "grpo-0 only" in sentence for sentence in study.unlike(both))
