@@ -20,7 +20,8 @@ packed tokens, V vocabulary, D width, H query heads, K key-value heads, E head w
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
@@ -34,6 +35,7 @@ import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed import fsdp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -327,18 +329,20 @@ def mrope(segment: Any, start: int, config: Any) -> tuple[Tensor, int]:
 
 # What loads, by model type, and what reads its prompts; docs/data.md says why others do not.
 FAMILIES = {"qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}
-UNREADABLE = (OSError, ValueError, TypeError, RuntimeError, SafetensorError, StrictDataclassError,
-              TemplateError)
+UNREADABLE = (OSError, ValueError, TypeError, RuntimeError, AttributeError, KeyError,
+              SafetensorError, StrictDataclassError, TemplateError)
 
 
 def read_checkpoint(path: str | Path, attention: dict[str, str],
                     blank: bool = False) -> tuple[nn.Module, Any]:
-    """Return the model and the processor of a checkpoint folder or hub name.
+    """Return the model and the processor of a checkpoint folder, adapter's folder or hub name.
 
     blank: on the meta device, for which no weights are read. ValueError, in one sentence, where
     they cannot be had; if possible, before weights are read.
     """
     try:
+        if (Path(path) / ADAPTER).is_file():
+            return _read_adapted(Path(path), attention, blank)
         written, _ = PreTrainedConfig.get_config_dict(path)
         if (kind := written.get("model_type")) not in FAMILIES:
             raise ValueError(f"its model type is {kind}, and only {' and '.join(FAMILIES)} are "
@@ -389,6 +393,116 @@ def _processor(path, config):
 
 
 # ---------------------------------------------------------------------------------------------
+# Low-rank adapters (LoRA, 2106.09685), in peft's format
+
+ADAPTER, ADAPTERS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+PLACES = tuple(f"{PREFIX}model.{part}." for part in ("language_model.layers", "visual"))
+# What the first file may say without changing y = W x + b + (α / r) B A x.
+PLAIN = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True, "inference_mode": True}
+PASSING = {"r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path",
+           "task_type", "auto_mapping", "megatron_core", "peft_version", "qalora_group_size"}
+
+
+class Adapted(nn.Linear):
+    """A linear layer with an adapter: y = W x + b + (α / r) B A x, A [r, in] and B [out, r].
+
+    W stays as it is: with the adapter off this is the layer of the start, to the bit. A and B are
+    fp32 where they are trained, and are computed with in the type of x, as FSDP casts weights.
+    """
+    on = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute y, the two parts apart: never as one weight, which would round once more."""
+        y = F.linear(x, self.weight, self.bias)
+        if not self.on:
+            return y
+        A, B = (weight.to(x.dtype) for weight in (self.lora_A, self.lora_B))
+        return torch.add(y, F.linear(F.linear(x, A), B), alpha=self.scale)
+
+
+def adapt(layer: nn.Linear, A: Tensor, B: Tensor, alpha: float) -> None:
+    """Give a linear layer an adapter; the names of its own weights stay."""
+    if type(layer) is not nn.Linear or (len(B), A.shape[1]) != layer.weight.shape:
+        raise ValueError(f"an adapter from {A.shape[1]} to {len(B)} does not fit {layer}")
+    layer.__class__, layer.alpha, layer.scale = Adapted, alpha, alpha / len(A)
+    layer.lora_A, layer.lora_B = nn.Parameter(A), nn.Parameter(B)
+
+
+def add_adapters(model: nn.Module, rank: int, alpha: int = 32, vision: bool = False,
+                 seed: int = 0) -> None:
+    """Give the language model's linear layers, and the tower's, adapters that change nothing yet.
+
+    A is uniform within 1 / √in, as in peft; B is 0.
+    """
+    random, inner = torch.Generator().manual_seed(seed), model.model
+    for part in [*inner.language_model.layers, *[inner.visual] * vision]:
+        for layer in [m for m in part.modules() if isinstance(m, nn.Linear)]:
+            A = 2 * torch.rand(rank, layer.in_features, generator=random) - 1
+            B = torch.zeros(layer.out_features, rank)
+            adapt(layer, A / layer.in_features ** 0.5, B, alpha)
+
+
+def _read_adapted(folder, attention, blank):
+    """Return model and processor of an adapter's base; the model has the adapter, plain LoRA."""
+    written = json.loads((folder / ADAPTER).read_text())
+    odd = [key for key, value in written.items() if value and key not in PASSING
+           and value != PLAIN.get(key)]
+    if odd or not (base := written.get("base_model_name_or_path")):
+        raise ValueError(f"its {ADAPTER} " + (f"says more than plain LoRA: {', '.join(odd)}"
+                                              if odd else "names no base"))
+    model, processor = read_checkpoint(base, attention, blank)
+    if not (tensors := load_file(folder / ADAPTERS)):
+        raise ValueError(f"its {ADAPTERS} is empty")
+    for name in sorted({name.rpartition(".lora_")[0] for name in tensors}):
+        if not name.startswith(PLACES):
+            raise ValueError(f"it changes {name}, which is no layer of text or tower")
+        A, B = (tensors[f"{name}.lora_{part}.weight"] for part in "AB")
+        adapt(model.get_submodule(name.removeprefix(PREFIX)), A, B, written["lora_alpha"])
+    return model, processor
+
+
+class AdapterCopy(nn.Module):
+    """A student's copy that is not trained: adapters of its own, all other weights the student's.
+
+    While it scores, the two sets of adapters change places, each rank its own shard.
+    """
+
+    def __init__(self, student: "Student"):
+        super().__init__()
+        self.whose = [student]  # in a list: no part of this module
+        self.own = nn.ParameterList(w.detach().clone() for w in student.trained())
+        self.requires_grad_(False)
+
+    def forward(self, *args: Any, **options: Any) -> tuple:
+        """Score as the student does."""
+        student, = self.whose
+        self._exchange(student)
+        try:
+            return student(*args, **options)
+        finally:
+            self._exchange(student)
+
+    @torch.no_grad()
+    def _exchange(self, student):
+        for mine, theirs in zip(local(self.own), local(student.trained()), strict=True):
+            kept = mine.clone()
+            mine.copy_(theirs)
+            theirs.copy_(kept)
+
+    @torch.no_grad()
+    def follow(self, student: "Student", rate: float) -> None:
+        """Set θ ← θ + μ (θ_student − θ), as Student.follow does."""
+        for mine, theirs in zip(local(self.own), local(student.trained()), strict=True):
+            mine.lerp_(theirs, rate)
+
+
+def local(weights: Iterable[Tensor]) -> list[Tensor]:
+    """Return what this rank has of sharded weights."""
+    return [weight.to_local() if hasattr(weight, "to_local") else weight for weight in weights]
+
+
+# ---------------------------------------------------------------------------------------------
 # The student
 
 
@@ -408,9 +522,11 @@ class Student(nn.Module):
         super().__init__()
         self.model, self.processor, self.trainable = model, processor, trainable
         self.record = None  # see DecodeRows
-        self.requires_grad_(trainable)
-        self.freeze_vision = freeze_vision or not trainable
-        model.model.visual.requires_grad_(not self.freeze_vision)
+        self.adapted = [layer for layer in model.modules() if isinstance(layer, Adapted)]
+        for name, weight in model.named_parameters():
+            left = freeze_vision and ".visual." in name or self.adapted and ".lora_" not in name
+            weight.requires_grad_(trainable and not left)
+        self.freeze_vision = not any(w.requires_grad for w in model.model.visual.parameters())
         tokenizer = processor.tokenizer
         eos = model.generation_config.eos_token_id
         self.eos_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
@@ -424,14 +540,15 @@ class Student(nn.Module):
     def load(cls, path: str | Path, device: torch.device | str = "cpu",
              dtype: torch.dtype = torch.float32, attention: str = "auto", trainable: bool = True,
              freeze_vision: bool = False, recompute: bool = False, master: bool = False,
-             cuda_graphs: bool = False) -> "Student":
-        """Load a checkpoint folder or hub name.
+             cuda_graphs: bool = False, lora: tuple = (), offload: bool = False) -> "Student":
+        """Load a checkpoint folder or hub name, or a folder with an adapter and its base.
 
         dtype: what is computed in. The weights are kept in fp32 where they are trained or `master`
         asks for it (an average over steps, whose changes are too small for bfloat16). The meta
         device has shapes alone, in dtype, and reads no weights.
         attention: see attention_names. recompute: activation checkpointing of every block in
-        training. cuda_graphs: of decode steps.
+        training. cuda_graphs: of decode steps. lora: what add_adapters is told, to train adapters
+        alone. offload: FSDP's weights, and with them the optimizer's, stay in the host's memory.
         """
         on_cuda = torch.device(device).type == "cuda"
         blank = torch.device(device).type == "meta"
@@ -439,20 +556,22 @@ class Student(nn.Module):
         if on_cuda:  # its backward can be NaN for masks on Hopper: pytorch issue 196678
             torch.backends.cuda.enable_cudnn_sdp(False)
         model, processor = read_checkpoint(path, names, blank)
+        if lora:
+            add_adapters(model, *lora)
         if recompute:
             recompute_blocks(model)
         model.train(trainable)
         student = cls(model, processor, trainable, freeze_vision)
         student.record = cuda_graph if cuda_graphs else None
-        weights = torch.float32 if trainable or master else dtype
         if blank:
-            return cast(student, dtype).to(device)
-        if dist.is_initialized():
-            return shard(student, torch.device(device), weights, dtype)
-        if weights != dtype:
+            return student.to(device, dtype)
+        # one process with adapters needs no FSDP, whose gathered weights stand beside its own
+        if dist.is_initialized() and (dist.get_world_size() > 1 or not student.adapted):
+            return shard(student, torch.device(device), dtype, master, offload)
+        if trainable and dtype != torch.float32 and not student.adapted:
             raise ValueError("bfloat16 training keeps fp32 master weights through FSDP: initialise "
                              "torch.distributed first")
-        return cast(student, weights).to(device)
+        return cast(student, dtype, master).to(device)
 
     @property
     def device(self) -> torch.device:
@@ -502,7 +621,27 @@ class Student(nn.Module):
         positions_3T = torch.cat([positions for positions, _ in placed], dim=1).to(self.device)
         return ids_T, positions_3T, [end for _, end in placed]
 
+    def trained(self) -> list[nn.Parameter]:
+        """Return the weights that are trained: all, all but the tower's, or the adapters'."""
+        self.scatter()
+        return [weight for weight in self.parameters() if weight.requires_grad]
+
+    def scatter(self) -> None:
+        """Let every rank have its shards alone: what FSDP has gathered is older, and rounded."""
+        for part in self.modules():
+            if isinstance(part, fsdp.FSDPModule):
+                part.reshard()
+
     # -- scoring
+
+    @torch.no_grad()
+    def at_start(self, *args: Any, **options: Any) -> tuple:
+        """Score as `forward` does, without the adapters: by the weights of the start."""
+        Adapted.on = False
+        try:
+            return self(*args, **options)
+        finally:
+            Adapted.on = True
 
     def forward(self, prefixes: list, suffixes: list, owners: list[int], completions: list[Tensor],
                 temperature: float = 1.0, entropy: bool = False, features: Features | None = None,
@@ -669,27 +808,58 @@ class Student(nn.Module):
     @torch.no_grad()
     def follow(self, other: "Student", rate: float) -> None:
         """Set θ ← θ + μ (θ_other − θ), each rank its own shard; μ = `rate`, 1 for a copy."""
-        for part in [*self.modules(), *other.modules()]:
-            if isinstance(part, fsdp.FSDPModule):
-                part.reshard()
-        for mine, theirs in zip(self.parameters(), other.parameters(), strict=True):
-            mine, theirs = (p.to_local() if hasattr(p, "to_local") else p for p in (mine, theirs))
-            mine.lerp_(theirs, rate)
+        theirs = local(other.trained())
+        self.scatter()
+        mine = [weight for weight, its in zip(self.parameters(), other.parameters(), strict=True)
+                if its.requires_grad]
+        for weight, its in zip(local(mine), theirs, strict=True):
+            weight.lerp_(its, rate)
 
-    def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write a Hugging Face checkpoint: weights, config, processor. Every rank must call it."""
+    def save(self, folder: str | Path, dtype: torch.dtype | None = None,
+             merge: bool = False) -> None:
+        """Write a Hugging Face checkpoint: weights, config, processor. Every rank must call it.
+
+        Of a student with adapters these alone, in peft's format and fp32, or with `merge` whole
+        weights W + (α / r) B A.
+        """
+        if self.adapted and not merge:
+            return self._save_adapters(Path(folder))
         model, whole = self.model, StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_model_state_dict(model, options=whole)
         if not dist.is_initialized() or dist.get_rank() == 0:
             dtype, config = dtype or model.dtype, model.config
             if model.lm_head.weight is model.model.language_model.embed_tokens.weight:
                 del state["lm_head.weight"]  # tied: it stands once
+            for name in [name for name in state if name.endswith(".lora_A")]:
+                A, B = (state.pop(f"{name[:-1]}{part}").float() for part in "AB")
+                name = f"{name.removesuffix('.lora_A')}.weight"
+                state[name] = torch.addmm(state[name].float(), B, A, alpha=self.adapted[0].scale)
             state = {name: weight.to(dtype) for name, weight in state.items()}
             with _no_bars():
                 model.save_pretrained(folder, state_dict=state)
             for part in (config, config.text_config, config.vision_config):
                 part.dtype = dtype
             config.save_pretrained(folder)  # again: it said the type that the master weights have
+            self.processor.save_pretrained(folder)
+
+    def _save_adapters(self, folder):
+        """Write adapter_config.json, adapter_model.safetensors and the processor."""
+        self.scatter()
+        layers = {name: layer for name, layer in self.model.named_modules()
+                  if isinstance(layer, Adapted)}
+        tensors = {f"{PREFIX}{name}.{part}.weight": getattr(layer, part).detach()
+                   for name, layer in layers.items() for part in ("lora_A", "lora_B")}
+        tensors = {name: (x.full_tensor() if hasattr(x, "full_tensor") else x).cpu().contiguous()
+                   for name, x in tensors.items()}
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            base = self.model.name_or_path  # as it was loaded: hub name or folder
+            base = str(Path(base).resolve()) if Path(base).is_dir() else base
+            written = PLAIN | {"task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+                               "r": len(self.adapted[0].lora_A), "lora_dropout": 0.0,
+                               "lora_alpha": self.adapted[0].alpha, "target_modules": list(layers)}
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ADAPTER).write_text(json.dumps(written, indent=1))
+            save_file(tensors, folder / ADAPTERS, {"format": "pt"})
             self.processor.save_pretrained(folder)
 
 
@@ -787,28 +957,30 @@ def _extended(segment, ids):
                          segment.seconds_per_grid)
 
 
-def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Turn the module's weights into `dtype`, and return it.
+def cast(module: nn.Module, dtype: torch.dtype, master: bool) -> nn.Module:
+    """Turn the module's weights into `dtype`, those that are trained and masters into fp32.
 
     Its buffers stay as they are: bfloat16 would round a rotary frequency by up to 1/512 of itself,
     an error of the angle that grows with the position.
     """
     for weight in module.parameters():
-        weight.data = weight.data.to(dtype)
+        weight.data = weight.data.to(torch.float32 if master or weight.requires_grad else dtype)
     return module
 
 
-def shard(student: Student, device: torch.device, weights: torch.dtype,
-          compute: torch.dtype) -> Student:
-    """Shard the student with FSDP: each block its own unit, all else the root; fp32 reduction."""
-    policy = fsdp.MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32,
-                                       cast_forward_inputs=False)
+def shard(student: Student, device: torch.device, dtype: torch.dtype, master: bool,
+          offload: bool) -> Student:
+    """Shard the student with FSDP: each block its own unit, all else the root; fp32 reduction.
+
+    A unit may hold frozen weights in another type than the trained ones.
+    """
+    precision = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+                                          cast_forward_inputs=False)
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
-    inner = student.model.model
-    for block in [*inner.visual.blocks, *inner.language_model.layers]:
-        fsdp.fully_shard(cast(block, weights), mesh=mesh, mp_policy=policy)
-    fsdp.fully_shard(cast(student, weights), mesh=mesh, mp_policy=policy)
-    student.to(device)
+    place, inner = fsdp.CPUOffloadPolicy() if offload else fsdp.OffloadPolicy(), student.model.model
+    for unit in [*inner.visual.blocks, *inner.language_model.layers, student]:
+        fsdp.fully_shard(cast(unit, dtype, master), mesh=mesh, mp_policy=precision,
+                         offload_policy=place)
     for name in ("prefill", "sample"):
         fsdp.register_fsdp_forward_method(student, name)
     return student
@@ -1005,7 +1177,16 @@ def packed(layers: tuple[nn.Linear, ...]) -> Callable:
     weight = torch.cat([layer.weight.detach() for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
     blocked = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_AT_ONCE)
-    return lambda x_ND: torch.ops.mkldnn._linear_pointwise(x_ND, blocked, bias, "none", [], "")
+
+    def product(x_ND):
+        return torch.ops.mkldnn._linear_pointwise(x_ND, blocked, bias, "none", [], "")
+
+    if not any(isinstance(layer, Adapted) for layer in layers):
+        return product
+    pairs = [(layer.lora_A, layer.lora_B * layer.scale) if isinstance(layer, Adapted) else
+             (layer.weight[:0], layer.weight[:, :0]) for layer in layers]
+    A, B = torch.cat([A for A, _ in pairs]), torch.block_diag(*(B for _, B in pairs)).T
+    return lambda x_ND: torch.addmm(product(x_ND), x_ND @ A.T, B)
 
 
 def _column(numbers, device):

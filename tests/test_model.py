@@ -4,14 +4,18 @@ import json
 import multiprocessing
 import os
 import socket
+import warnings
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import sample
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from students import LAYOUTS, publish
+from torch.distributed import fsdp
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoModelForImageTextToText
 from transformers.utils.logging import set_tqdm_hook
@@ -22,8 +26,8 @@ import reward
 import runs
 import train
 from data import Prompts
-from model import (Completion, Student, TokenLogp, Tree, grouped_attention, mrope,
-                   recompute_blocks, tree_attention_varlen)
+from model import (AdapterCopy, Completion, Student, TokenLogp, Tree, cast, grouped_attention,
+                   mrope, recompute_blocks, shard, tree_attention_varlen)
 from tiny import (
     EOS,
     FAMILIES,
@@ -91,12 +95,13 @@ def test_several_prompts_equal_one_at_a_time(family):
     assert (together - torch.cat(apart)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("lora", [(), (4, 32, True)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_cached_greedy_equals_plain_greedy(family):
+def test_cached_greedy_equals_plain_greedy(family, lora):
     """Catches: a cache slot off by one, a wrong position while decoding, padding that is attended
-    to, dropped rows mixed up.
+    to, dropped rows mixed up, adapters left out while decoding.
     """
-    student = tiny_student(family)
+    student = tiny_student(family, lora=lora)
     prefixes, suffixes, owners = forest(family)
     with torch.no_grad():
         student.model.lm_head.weight[EOS] *= 2  # rows that end, and not all at once
@@ -113,15 +118,16 @@ def test_cached_greedy_equals_plain_greedy(family):
     assert len({len(c.ids) for c in got}) > 1, "the test wants rows that end at different lengths"
 
 
+@pytest.mark.parametrize("lora", [(), (4, 4)])
 @pytest.mark.parametrize("blocked", (True, False))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logp_while_sampling_equals_logp_while_scoring(family, blocked, monkeypatch):
+def test_logp_while_sampling_equals_logp_while_scoring(family, blocked, lora, monkeypatch):
     """Catches: a ratio that is not 1 before any update; log-probs taken after top-p or under
     another temperature; a decode step that is right in oneDNN's products only (CUDA has none).
     """
     if not blocked:
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    student = tiny_student(family)
+    student = tiny_student(family, lora=lora)
     prefixes, suffixes, owners = forest(family)
     cache = student.prefill(prefixes)
     uniforms = torch.rand(7, 24, generator=torch.Generator().manual_seed(1))
@@ -282,6 +288,86 @@ def test_a_frozen_tower_is_run_once_and_gets_no_gradient():
     assert (fresh - reused).abs().max() < 1e-6
     reused.sum().backward()
     assert all(p.grad is None for p in student.model.model.visual.parameters())
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+def merged_twin(student, family, scale):
+    """Return a student without adapters whose weights are W + scale B A, and those of its layers
+    that have one, by name.
+    """
+    twin, layers = tiny_student(family), {}
+    weights = dict(student.model.named_parameters())
+    with torch.no_grad():
+        for name, p in twin.model.named_parameters():
+            p.copy_(weights[name])
+            layer = name.removesuffix(".weight")
+            if f"{layer}.lora_A" in weights:
+                A, B = (weights[f"{layer}.lora_{part}"] for part in "AB")
+                p.add_(scale * B @ A)
+                layers[layer] = p
+    return twin, layers
+
+
+@pytest.mark.parametrize("vision", (False, True))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_equal_a_slow_sum_of_weights(family, vision):
+    """Catches: a scale other than α / r, B A transposed, a layer without its adapter or with a
+    gradient of its own, a step of AdamW that moves anything else. The slow way knows no adapters:
+    whole rows through Hugging Face's model with W + s B A, dA = s Bᵀ dW, dB = s dW Aᵀ, and AdamW's
+    first step by its formula.
+    """
+    student, scale = tiny_student(family, lora=(4, 6, vision)), 1.5
+    twin, layers = merged_twin(student, family, scale)
+    kinds = {name.rpartition(".")[2] for name in layers if "language_model" in name}
+    assert kinds == {f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")}
+    linear = [m for m in student.model.model.visual.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(layers) == 3 * 7 + len(linear) * vision and len(linear) > 8
+    prefixes, suffixes, owners = forest(family)
+    completions = [words(n, n) for n in (5, 9, 7, 6, 4, 8, 3)]
+    weight = torch.linspace(-1, 1, 42)
+    plain = separate_logp(twin, prefixes, suffixes, owners, completions)
+    (plain * weight).sum().backward()
+    logp, _ = student(prefixes, suffixes, owners, completions)
+    (logp * weight).sum().backward()
+    assert (logp - plain).abs().max() < 1e-5
+    before = {name: p.detach().clone() for name, p in student.model.named_parameters()}
+    train.make_optimizer(student, train.Config(lr=1e-3, weight_decay=0.1)).step()
+    for name, p in student.model.named_parameters():
+        layer, _, part = name.partition(".lora_")
+        assert (p.grad is None) == (not part) == torch.equal(p, before[name]), name
+        if part:
+            dW, A, B = layers[layer].grad, *(before[f"{layer}.lora_{x}"] for x in "AB")
+            gradient = scale * (B.T @ dW if part == "A" else dW @ A.T)
+            assert (p.grad - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name
+            step = p.grad / (p.grad.abs() + 1e-8) + 0.1 * before[name]
+            assert torch.allclose(p, before[name] - 1e-3 * step, atol=1e-5), name
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_without_adapters_a_student_is_its_start_to_the_bit(dtype):
+    """Catches: a reference that is not the start: adapters still on, or off for good afterwards;
+    a copy that trains along, or leaves its own adapters with the student.
+    """
+    student = cast(tiny_student("qwen3_vl", lora=(4, 32, True)), dtype, False)
+    start = cast(tiny_student("qwen3_vl", trainable=False), dtype, False)
+    assert {p.dtype for p in student.trained()} == {torch.float32}
+    prefixes, suffixes, owners = forest("qwen3_vl")
+    rows = prefixes, suffixes, owners, [words(n, n) for n in (5, 9, 7, 6, 4, 8, 3)]
+    first = student(*rows)[0].detach()
+    copy = AdapterCopy(student)
+    assert torch.equal(student.at_start(*rows)[0], start(*rows)[0])
+    with torch.no_grad():
+        for p in student.trained():
+            p.mul_(1.5)
+    now = student(*rows)[0].detach()
+    assert (now - first).abs().max() > 0.1 and torch.equal(copy(*rows)[0], first)
+    assert torch.equal(student(*rows)[0], now) and torch.equal(copy(*rows)[0], first)
+    copy.follow(student, 0.5)
+    expected = [p.detach() / 1.5 * 1.25 for p in student.trained()]
+    assert all(torch.allclose(a, b) for a, b in zip(copy.parameters(), expected, strict=True))
+    assert not any(p.requires_grad for p in copy.parameters()) and len(expected) > 50
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -533,6 +619,163 @@ def rewrite(name, **keys):
 def cut(folder):
     path = folder / "model-00001-of-00002.safetensors"
     os.truncate(path, path.stat().st_size // 2)
+
+
+def stepped(student, lr=0.1):
+    """Make one step of AdamW on the student's score of two responses; return log-probs, before and
+    after, and the gradients' norm.
+    """
+    prompts = Prompts(student.processor, "{question} Think.")
+    optimizer = train.make_optimizer(student, train.Config(lr=lr))
+    before = scored(student, prompts)
+    before.mean().backward()
+    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1e9)
+    optimizer.step()
+    optimizer.zero_grad()
+    return before.detach(), scored(student, prompts).detach(), \
+        norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+LORA = 4, 6, True  # rank, α, the tower too
+
+
+@pytest.mark.parametrize("options", ({"lora": LORA}, {"freeze_vision": True}))
+def test_offloaded_weights_are_trained_like_others(options, tmp_path, monkeypatch):
+    """Catches: a step, gathered weights, copy or checkpoint that offloading breaks (as far as FSDP
+    can be made to offload on a CPU, without pinned memory), or FSDP where there are adapters, which
+    one process does without. Frozen weights stay in the type that is computed in, others are fp32.
+    """
+    monkeypatch.setattr(fsdp, "CPUOffloadPolicy", partial(fsdp.CPUOffloadPolicy, pin_memory=False))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    path, found = publish(tmp_path / "model", "qwen3_vl"), []
+    try:
+        for offload in (False, True):
+            student, prompts = fresh(path, dtype=torch.bfloat16, offload=offload, **options)
+            if offload and student.adapted:
+                shard(student, torch.device("cpu"), torch.bfloat16, False, offload)
+            assert isinstance(student, fsdp.FSDPModule) == (offload or not student.adapted)
+            for name, p in student.named_parameters():
+                assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16), name
+            found.append(stepped(student))
+            copy = AdapterCopy(student) if options.get("lora") else Student.load(
+                path, dtype=torch.bfloat16, trainable=False, master=True, offload=offload)
+            copy.follow(student, 1.0)
+            assert torch.equal(scored(copy, prompts), found[-1][1])
+            with student.gathered():
+                assert torch.equal(scored(student, prompts), found[-1][1])
+            student.save(tmp_path / str(offload), torch.bfloat16)
+            again, _ = fresh(tmp_path / str(offload), dtype=torch.bfloat16, trainable=False)
+            assert torch.equal(scored(again, prompts), found[-1][1])
+        assert all(torch.equal(a, b) for a, b in zip(*found))
+        assert (found[0][0] - found[0][1]).abs().max() > 0.1
+    finally:
+        dist.destroy_process_group()
+
+
+# --- adapters in files
+
+
+def adapted(folder, layout, vision=False):
+    """Publish a checkpoint and return its path, a student with adapters that are not 0, prompts."""
+    path = publish(folder, layout)
+    student, prompts = fresh(path, lora=(4, 6, vision))
+    with torch.no_grad():
+        for p in student.trained():
+            torch.nn.init.normal_(p, std=0.15)
+    return path, student, prompts
+
+
+@pytest.mark.parametrize("layout,vision", [("qwen2_5_vl_3b", False), ("qwen3_vl", True)])
+def test_saved_adapters_come_back_and_merged_ones_are_whole_weights(layout, vision, tmp_path):
+    """Catches: an adapter that comes back on another layer, at another scale or rounded, or whose
+    base is looked for where the next command happens to run; a merge that changes a weight twice.
+    """
+    path, student, prompts = adapted(tmp_path / "model", layout, vision=vision)
+    student.save(tmp_path / "adapter", torch.bfloat16)
+    again, _ = fresh(tmp_path / "adapter", trainable=False)
+    assert torch.equal(scored(again, prompts), scored(student, prompts))
+    assert not again.trained() and not (tmp_path / "adapter/config.json").exists()
+    written = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == path and written["lora_alpha"] == 6
+    again.save(tmp_path / "again")
+    again.save(tmp_path / "merged", torch.float32, merge=True)
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in
+                    ("adapter", "again"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    merged, _ = fresh(tmp_path / "merged")
+    assert not merged.adapted
+    assert (scored(merged, prompts) - scored(student, prompts)).abs().max() < 1e-4
+    assert (scored(merged, prompts) - scored(fresh(path)[0], prompts)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("layout,vision", [("qwen2_5_vl_3b", False), ("qwen3_vl", True)])
+def test_peft_reads_our_adapters_and_we_read_peft_s(layout, vision, tmp_path):
+    """Catches: names, scale or settings that peft takes otherwise, or silently leaves out."""
+    peft = pytest.importorskip("peft", reason="peft is not installed: see requirements-dev.txt")
+    path, student, _ = adapted(tmp_path / "model", layout, vision=vision)
+    student.save(tmp_path / "ours")
+
+    def base():
+        return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+
+    def same(student, model):
+        ids = [words(n, n) for n in (6, 3, 9)]
+        logp, _ = student([text(6, 6)], [text(3, 3)], [0], [ids[2]])
+        plain = model(input_ids=torch.cat(ids)[None]).logits[0, 8:-1].log_softmax(-1)
+        assert (logp - plain.gather(-1, ids[2][:, None])[:, 0]).abs().max() < 1e-4
+        student.save(tmp_path / "merged", torch.float32, merge=True)
+        whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").state_dict()
+        merged = model.merge_and_unload().state_dict()
+        assert whole.keys() == merged.keys()
+        assert all(torch.allclose(whole[name], merged[name], atol=1e-5) for name in whole)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*(missing|unexpected|not found).*")
+        same(student, peft.PeftModel.from_pretrained(base(), tmp_path / "ours"))
+    made = peft.get_peft_model(base(), peft.LoraConfig(
+        r=3, lora_alpha=5, init_lora_weights=False, target_modules=["q_proj", "attn.proj"]))
+    made.save_pretrained(tmp_path / "theirs")
+    ours, _ = fresh(tmp_path / "theirs")
+    assert len(ours.adapted) == len([m for m in made.modules() if hasattr(m, "lora_A")]) > 3
+    uniforms = torch.rand(2, 9, generator=torch.Generator().manual_seed(1))
+    sampled = ours.sample(ours.prefill([text(6)]), [text(3)] * 2, [0, 0], uniforms, 9)
+    again, _ = ours([text(6)], [text(3)] * 2, [0, 0], [c.ids for c in sampled])
+    assert (torch.cat([c.logp for c in sampled]) - again).abs().max() < 1e-4
+    same(ours, made)
+
+
+def changed(**keys):
+    return rewrite("adapter_config.json", **keys)
+
+
+def other_tensor(folder):
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.lm_head.lora_A.weight"] = torch.zeros(4, 64)
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize("damage,why", [
+    (changed(use_dora=True), "adapter cannot be loaded: its .* more than plain LoRA: use_dora"),
+    (changed(peft_type="IA3"), "says more than plain LoRA: peft_type"),
+    (changed(bias="all", modules_to_save=["lm_head"]), "plain LoRA: bias, modules_to_save"),
+    (changed(base_model_name_or_path="/nowhere/base"), "adapter cannot be loaded: --model /no"),
+    (changed(base_model_name_or_path=None), "its adapter_config.json names no base"),
+    (without("adapter_model.safetensors"), "adapter cannot be loaded: No such file"),
+    (lambda folder: (folder / "adapter_config.json").write_text("{"), "cannot be loaded: Expect"),
+    (lambda folder: save_file({}, folder / "adapter_model.safetensors"), "is empty"),
+    (other_tensor, "it changes base_model.model.lm_head, which is no layer of text or tower"),
+    (lambda folder: rewrite("config.json", intermediate_size=100)(folder.parent / "model"),
+     "model cannot be loaded: .* weights are not its config's"),
+])
+def test_an_adapter_that_is_not_plain_lora_is_refused_in_a_sentence(damage, why, tmp_path):
+    """Catches: a part of an adapter that is left out in silence, another base, a traceback."""
+    _, student, _ = adapted(tmp_path / "model", "qwen2_5_vl_3b")
+    student.save(tmp_path / "adapter")
+    damage(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=why) as refused:
+        Student.load(tmp_path / "adapter")
+    assert "\n" not in str(refused.value)
 
 
 TOKENIZER = "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"

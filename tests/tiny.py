@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen3VLConfig
 
-from model import Student
+from model import Student, add_adapters
 
 VOCABULARY, IMAGE, VIDEO, START, END, EOS = 200, 190, 191, 192, 193, 194
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
@@ -46,13 +46,21 @@ def tiny_config(family):
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
 
 
-def tiny_student(family, seed=0, **options):
-    """Return a student; its weights are so large that wrong attention shows in the 5th decimal."""
+def tiny_student(family, seed=0, lora=(), **options):
+    """Return a student; its weights are so large that wrong attention shows in the 5th decimal.
+
+    lora: what add_adapters is told; then B is as large as A.
+    """
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(tiny_config(family), attn_implementation=OURS)
     for p in model.parameters():
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.15)
+    if lora:
+        add_adapters(model, *lora)
+        for name, p in model.named_parameters():
+            if ".lora_" in name:
+                torch.nn.init.normal_(p, std=0.15)
     return Student(model, SimpleNamespace(tokenizer=Tokenizer()), **options)
 
 
