@@ -116,8 +116,8 @@ class Method:
 
     # -- optional hooks, which do nothing here
 
-    def start(self, load: Callable) -> None:
-        """Load what the method needs besides policy and reference; load(**options) -> Student."""
+    def start(self, copied: Callable) -> None:
+        """Get what the method needs besides policy and reference; copied() -> a frozen policy."""
 
     def beside(self, run: Any, groups: list[ffr.Group], key: str, phases: Callable) -> None:
         """Find out what else the rewards depend on."""
@@ -576,9 +576,9 @@ class Rlsd(Method):
         past = (step + 1) / (self.config.sd_horizon or self.horizon)
         return self.config.sd_lambda * max(0.0, 1 - past)
 
-    def start(self, load: Callable) -> None:
-        """Load the copy: fp32 like the policy's weights, sharded like them, never trained."""
-        self.copy = load(trainable=False, master=True) if self.weight(0) else None
+    def start(self, copied: Callable) -> None:
+        """Get the copy: fp32 like what the policy trains, sharded like it, never trained."""
+        self.copy = copied() if self.weight(0) else None
 
     def weigh(self, run: Any, batches: list[ffr.MicroBatch]) -> None:
         """Size every token's credit by the copy, while λ is not 0."""
@@ -702,6 +702,8 @@ def useful(config: Any) -> dict[str, tuple[bool, str]]:
          "--method rlsd, visd and ffr_visd"),
         ("sd_sync", name == "rlsd", "--method rlsd"), ("sd_ema sd_topk", name == "visd",
                                                        "--method visd"),
+        ("lora_alpha lora_vision merge", config.lora, "runs with --lora"),
+        ("freeze_vision offload", not config.lora, "runs without --lora"),
         ("eval_every", config.eval_data or not config.model, "runs with --eval_data"),
         ("eval_patches", kind.repairs and bool(config.eval_data or not config.model),
          "methods that write patches, with --eval_data"),

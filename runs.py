@@ -130,16 +130,18 @@ _store = []  # the key-value store that the processes met by
 
 
 def start_processes(dtype: str, cuda_graphs: bool = False, trains: bool = False,
-                    patience: timedelta | None = None) -> tuple[Any, Any]:
+                    patience: timedelta | None = None, offload: bool = False) -> tuple[Any, Any]:
     """Return this process's device and compute type; start torch.distributed where it is needed.
 
     dtype: auto, bfloat16 or float32. trains: bfloat16 keeps its fp32 master weights in FSDP, so one
-    process alone is a group too. patience: how long a process waits for the others.
+    process alone is a group too. patience: how long a process waits for the others. offload: FSDP
+    keeps weights in the host's memory, so gradients' norms are added up there.
     """
     import torch
     import torch.distributed as dist
     cuda = torch.cuda.is_available()
-    require(cuda or not cuda_graphs, "--cuda_graphs needs a CUDA device")
+    for name, wanted in (("cuda_graphs", cuda_graphs), ("offload", offload)):
+        require(cuda or not wanted, f"--{name} needs a CUDA device")
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -149,13 +151,13 @@ def start_processes(dtype: str, cuda_graphs: bool = False, trains: bool = False,
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         socket.create_connection(place, timeout=60).close()  # the rendezvous would wait for hours
     name = ("bfloat16" if cuda else "float32") if dtype == "auto" else dtype
-    backend = "nccl" if cuda else "gloo"
+    backend = "cuda:nccl,cpu:gloo" if offload else "nccl" if cuda else "gloo"
     if "RANK" in os.environ and not dist.is_initialized():
         limit = {"timeout": patience} if patience else {}
         store, number, size = next(dist.rendezvous("env://", **limit))
         _store[:] = [store]
         dist.init_process_group(backend, store=store, rank=number, world_size=size, **limit)
-    elif trains and name != "float32" and not dist.is_initialized():
+    elif trains and (name != "float32" or offload) and not dist.is_initialized():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device, getattr(torch, name)
 
@@ -597,8 +599,9 @@ def check_model(path: str) -> None:
     folder, hub = Path(path), re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)
     require(folder.is_dir() or hub and not folder.exists(),
             f"--model {path}: there is no such folder")
-    require(not folder.is_dir() or (folder / "config.json").exists(),
-            f"--model {path} is no checkpoint: it has no config.json")
+    found = [name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]
+    require(not folder.is_dir() or found, f"--model {path} is no checkpoint: it has no config.json")
+    require(len(found) < 2, f"--model {path} has whole weights and an adapter: which is meant?")
 
 
 def asked_with(config: Any, given: set[str]) -> Any:
@@ -671,10 +674,11 @@ def digest(*parts: Any) -> str:
     return whole.hexdigest()
 
 
-def about(files: dict[str, str], student: str) -> dict:
+def about(files: dict[str, str], student: str, frozen: str) -> dict:
     """Return what config.json says of a run beside its flags: how it came about.
 
-    files: paths by flag, whose contents the run depends on; student: its digest.
+    files: paths by flag, whose contents the run depends on; student, frozen: digests of its
+    architecture and of the weights that it reads and never changes.
     """
     import torch
     import transformers
@@ -685,7 +689,7 @@ def about(files: dict[str, str], student: str) -> dict:
     return {"command": shlex.join(sys.argv), "commit": commit + "+changes" * bool(dirty),
             "python": platform.python_version(), "torch": torch.__version__,
             "transformers": transformers.__version__, "cards": cards, "processes": world_size(),
-            "student": student, "files": {flag: digest(Path(path).read_bytes())
+            "student": student, "frozen": frozen, "files": {flag: digest(Path(path).read_bytes())
                                           for flag, path in files.items() if path}}
 
 
@@ -724,7 +728,7 @@ def _write_checkpoint(run, partial):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     everyone(None)
-    run.student.save(partial, run.dtype)
+    run.student.save(partial, run.dtype, run.config.merge)
     if rank() == 0:
         saved = {name: getattr(run.config, name) for name in ASKED_WITH}
         saved |= {"template": wording(run.config), "positions": POSITIONS}
@@ -772,9 +776,12 @@ def damage(folder: Path) -> str:
 
 
 def _training_state(run):
-    """Return everything that is sharded."""
+    """Return everything that is sharded and changes; the frozen weights are --model's."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict
     weights, optimizer = get_state_dict(run.student, run.optimizer)
+    named = run.student.named_parameters(remove_duplicate=False)
+    changing = {name for name, weight in named if weight.requires_grad}
+    weights = {name: weight for name, weight in weights.items() if name in changing}
     copy = {"copy": get_model_state_dict(run.method.copy)} if run.method.copy else {}
     return {"weights": weights, "optimizer": optimizer, **copy}
 
@@ -848,13 +855,14 @@ def _load(run, folder, step):
     import torch
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict import (StateDictOptions, set_model_state_dict,
+                                                         set_state_dict)
     own = folder / f"method-{rank()}.pt"
     run.method.resume(step, torch.load(own) if own.exists() else None)
     state = _training_state(run)
     with _alone():
         dcp.load(state, no_dist=not dist.is_initialized(), checkpoint_id=folder / "training_state")
     set_state_dict(run.student, run.optimizer, model_state_dict=state["weights"],
-                   optim_state_dict=state["optimizer"])
+                   optim_state_dict=state["optimizer"], options=StateDictOptions(strict=False))
     if run.method.copy:
         set_model_state_dict(run.method.copy, state["copy"])

@@ -16,6 +16,7 @@ import sys
 from collections import Counter, OrderedDict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,7 +32,7 @@ import toy
 from data import Sample
 from guard import check_money
 from lab.plan import EVAL_PROMPTS, planned
-from model import Completion, Student
+from model import ADAPTER, AdapterCopy, Completion, Student, local
 from patch import EVIDENCE_LEVELS, Patch, alignment, outside_clip, patch_images, render
 from runs import (Folder, Phases, Stopper, about, append, asked_with, changed, check_model,
                   cut_logs, digest, everyone, flag, going_on, measure, metrics, newest_checkpoint,
@@ -125,6 +126,11 @@ class Config:
     updates_per_batch: int = flag(1, "updates for each batch; more than one makes the clip matter")
     micro_tokens: int = flag(16384, "packed tokens of one forward and backward")
     freeze_vision: bool = flag(False, "leave the vision tower as it is")
+    lora: int = flag(0, "rank of adapters to train, the weights staying as they are; 0: none")
+    lora_alpha: int = flag(32, "α of the adapters, which count α / rank; see docs/performance.md")
+    lora_vision: bool = flag(False, "adapters for the vision tower too")
+    merge: bool = flag(False, "save whole weights, not the adapters alone")
+    offload: bool = flag(False, "train in the host's memory through FSDP (not yet tried on a GPU)")
     seed: int = flag(0, "seed of the data order and of every rollout")
     # the run
     save_every: int = flag(100, "steps between checkpoints")
@@ -168,11 +174,11 @@ def check(config: Config) -> None:
                      "micro_tokens", "save_every", "keep_checkpoints", "shape_gamma", "sd_sync",
                      "temperature", "top_p", "pass_mark", "clip_low", "clip_high", "max_grad_norm",
                      "teacher_rounds", "teacher_timeout", "teacher_step_timeout", "decode_seconds",
-                     "length_low")
+                     "length_low", "lora_alpha")
     for name in ("steps", "warmup_steps", "weight_decay", "beta", "kappa", "alignment_weight",
                  "dynamic_sampling", "sd_horizon", "sd_topk", "sd_clip", "blind_test", "eval_every",
                  "teacher_budget", "decode_workers", "frame_cache_gb", "seed", "replay_share",
-                 "replay_start", "sd_lambda", "sd_ema", "samples", "ahead"):
+                 "replay_start", "sd_lambda", "sd_ema", "samples", "ahead", "lora"):
         value = getattr(config, name)
         require(value >= 0, f"--{name} must not be negative, got {value}")
     for name, most in (("top_p", 1), ("pass_mark", 1), ("clip_low", 1), ("replay_share", 1),
@@ -228,7 +234,8 @@ class Run:
         self.prefixes, self.prefix_bytes = OrderedDict(), 0
         self.epoch, self.step, self.bad, self.stats = None, 0, 0, {}
         files = {name: getattr(config, name) for name in ("eval_data", "template")}
-        now = about(files, identity(self.student))
+        now = about(files, identity(self.student),
+                    "" if config.plan else frozen(self.student, self.reference))
         now["files"] |= {  # which media there are decides on the order of samples
             "data": digest(*(Path(path).read_bytes() for path in listed(config.data))),
             "video_root": digest(*(s.id for s in [*self.samples, *self.eval_samples]))}
@@ -295,10 +302,10 @@ class Run:
         """Refuse to go on with another student or other contents under the same flags."""
         path = self.output / "config.json"
         before = read_json(path).get("about", {}) if path.exists() else {}
-        pairs = {"model": (before.get("student"), now["student"])} | {
-            name: (before.get("files", {}).get(name), found)
-            for name, found in now["files"].items()}
-        for name, (was, found) in pairs.items():
+        pairs = [("model", before.get(part), now[part]) for part in ("student", "frozen")]
+        pairs += [(name, before.get("files", {}).get(name), found)
+                  for name, found in now["files"].items()]
+        for name, was, found in pairs:
             require(was is None or was == found, f"--{name} {getattr(self.config, name)} is not "
                     f"what the run in {self.output} was started with")
 
@@ -340,15 +347,16 @@ class Run:
 
     def _load_student(self):
         config = self.config
-
-        def load(**options):
-            return Student.load(config.model, self.device, self.dtype, config.attention,
-                                recompute=self.device.type == "cuda", **options)
-
-        self.student = load(freeze_vision=config.freeze_vision, cuda_graphs=config.cuda_graphs)
-        compared = config.beta > 0 and self.method.compares
-        self.reference = load(trainable=False) if compared else None
-        self.method.start(load)
+        lora = config.lora, config.lora_alpha, config.lora_vision, config.seed
+        load = partial(Student.load, config.model, self.device, self.dtype, config.attention,
+                       recompute=self.device.type == "cuda", offload=config.offload)
+        self.student = load(freeze_vision=config.freeze_vision, cuda_graphs=config.cuda_graphs,
+                            lora=lora if config.lora else ())
+        self.reference = None
+        if config.beta > 0 and self.method.compares:
+            self.reference = self.student.at_start if config.lora else load(trainable=False)
+        self.method.start(partial(AdapterCopy, self.student) if config.lora else
+                          partial(load, trainable=False, master=True))
         self.prompts = data.Prompts(self.student.processor, wording(config))
         self.student.text = self.prompts.text
         self.prompts.refuse_long([*self.samples, *self.eval_samples], config.max_prompt,
@@ -495,6 +503,14 @@ def identity(student: Student) -> str:
 
     shapes = {name: list(p.shape) for name, p in student.model.named_parameters()}
     return digest(lasting(json.loads(student.model.config.to_json_string())), shapes)
+
+
+def frozen(*models: Any) -> str:
+    """Return a digest of the weights that stay as --model has them, however they are sharded."""
+    own = [weight for model in models if isinstance(model, Student)
+           for weight in model.parameters() if not weight.requires_grad]
+    sums = [int(part.detach().view(torch.int16).sum()) for part in local(own)]  # of bits: exact
+    return digest([sum(parts) for parts in zip(*everyone(sums))])
 
 
 def teacher_of(config: Config) -> Teacher:
@@ -894,10 +910,13 @@ def main(argv: list[str] | None = None) -> None:
                     "world is not there yet: python train.py makes it")
         else:
             check_model(config.model)
+            require(not (Path(config.model) / ADAPTER).exists(), f"--model {config.model} is an "
+                    "adapter: train whole weights, which --merge saves (docs/performance.md)")
             config = asked_with(config, given)
         refuse_useless(config, given)
         check(config)
-        device, dtype = start_processes(config.dtype, config.cuda_graphs, trains=True)
+        device, dtype = start_processes(config.dtype, config.cuda_graphs, trains=True,
+                                        offload=config.offload)
         if toy_run and not config.plan:
             make_toy_world(device, dtype)
         stopped = (plan if config.plan else train)(config, device, dtype)

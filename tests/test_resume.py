@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_train import TIMINGS, after_step, config_of, finish, run, start, untimed
 from test_train import world as world  # noqa: PLC0414, the fixture
 
@@ -160,14 +161,15 @@ def test_a_flag_that_changes_nothing_is_refused():
            "kappa alignment_weight train_on score_under".split()},
         **{name: all_but(comparing) for name in
            "rollouts top_p select no_std dynamic_sampling beta".split()},
-        **{name: all_but("") for name in ("clip_low", "clip_high", "ratio")},
+        **{name: all_but("") for name in ("clip_low", "clip_high", "ratio", "lora_alpha",
+                                          "lora_vision", "merge")},
         **{name: all_but("replay") for name in ("replay_share", "replay_start")},
         **{name: all_but("rlsd visd ffr_visd") for name in "sd_lambda sd_horizon sd_clip".split()}}
     always = set("""model data samples video_root eval_data eval_every output method max_completion
         max_prompt frames max_pixels max_image_pixels temperature template loss_norm lr warmup_steps
         weight_decay max_grad_norm steps epochs batch_prompts updates_per_batch micro_tokens
-        freeze_vision seed save_every keep_checkpoints resume attention dtype cuda_graphs
-        decoder decode_workers decode_seconds frame_cache frame_cache_gb""".split())
+        freeze_vision lora offload seed save_every keep_checkpoints resume attention dtype
+        cuda_graphs decoder decode_workers decode_seconds frame_cache frame_cache_gb""".split())
     for name in (f.name for f in fields(train.Config)):
         assert refused(name) == (set() if name in always else table[name]), name
     assert always | table.keys() == {f.name for f in fields(train.Config)}
@@ -175,7 +177,9 @@ def test_a_flag_that_changes_nothing_is_refused():
                           (dict(eval_data=""), "eval_every"), (dict(decode_workers=0),
                                                                "decode_seconds"),
                           (dict(train_on="original"), "score_under"),
-                          (dict(updates_per_batch=2), "clip_high"),
+                          (dict(updates_per_batch=2), "clip_high"), (dict(lora=8), "lora_alpha"),
+                          (dict(lora=8), "merge"), (dict(lora=8), "freeze_vision"),
+                          (dict(lora=8), "offload"),
                           (dict(teacher="anthropic", teacher_prompt="negative"), "teacher_rounds")):
         config = replace(train.Config(), model="m", eval_data="e")
         heeded = [methods.useful(c)[flag][0] for c in (config, replace(config, **changes))]
@@ -186,11 +190,39 @@ def test_a_flag_that_changes_nothing_is_refused():
     ("kappa", 30.0, "at most 2"), ("kappa", float("nan"), "negative"), ("lr", float("nan"), "lr"),
     ("clip_low", 1.5, "at most 1"), ("pass_mark", 0.0, "positive"), ("beta", -1.0, "negative"),
     ("blind_test", -1, "negative"), ("samples", -1, "negative"),
-    ("length_low", 600, "--length_high")))
+    ("length_low", 600, "--length_high"), ("lora", -1, "negative"), ("lora_alpha", 0, "positive")))
 def test_ranges_are_checked(name, value, sentence):
     """Catches: --kappa 30 where 0.30 was meant."""
     with pytest.raises(ValueError, match=sentence):
         train.check(replace(train.Config(), data="d", **{name: value}))
+
+
+def test_a_run_with_adapters_resumes_to_the_same_or_not_at_all(world, tmp_path):
+    """Catches: adapters, moments of AdamW or a method's copy of the adapters that a stop loses; the
+    frozen weights in every training state; a base that is another one since.
+    """
+    shutil.copytree(world / "warm/checkpoints/step-000060", tmp_path / "base")
+    config = config_of(world, tmp_path / "run", model=str(tmp_path / "base"), lora=4, lr=1e-2,
+                       steps=5, save_every=2, rollouts=3, beta=0.1, method="rlsd", sd_sync=3,
+                       lora_vision=True)
+    rows, checkpoints = run(config), tmp_path / "run/checkpoints"
+    assert rows[0]["kl"] == 0 < min(row["kl"] for row in rows[1:])
+    straight = untimed(tmp_path / "run/metrics.jsonl")
+    written = (checkpoints / "step-000005/adapter_model.safetensors").read_bytes()
+    sizes = [sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) for folder in
+             (checkpoints / "step-000005/training_state", tmp_path / "base")]
+    assert sizes[0] < sizes[1] / 4
+    shutil.rmtree(checkpoints / "step-000005")
+    base = tmp_path / "base/model.safetensors"
+    weights, kept = load_file(base), base.read_bytes()
+    weights["lm_head.weight" if "lm_head.weight" in weights else next(iter(weights))][0, 0] += 1
+    save_file(weights, base, {"format": "pt"})
+    with pytest.raises(ValueError, match="--model .*base is not what the run in .* was started"):
+        run(replace(config, resume=True))
+    base.write_bytes(kept)
+    run(replace(config, resume=True))
+    assert untimed(tmp_path / "run/metrics.jsonl") == straight
+    assert (checkpoints / "step-000005/adapter_model.safetensors").read_bytes() == written
 
 
 def test_ffr_that_would_be_grpo_is_refused(world, tmp_path):
@@ -591,12 +623,16 @@ def test_a_checkpoint_says_what_it_was_trained_to_be_asked_with(world, tmp_path,
 
 
 @pytest.mark.parametrize("path, sentence", (
+    ("both", "has whole weights and an adapter"),
     ("run", "is a run's folder: its newest checkpoint is .*step-000001"), ("/nowhere", "no such"),
     ("empty", "is no checkpoint: it has no config.json"), ("a b", "no such folder")))
 def test_a_model_that_is_none_is_refused_at_once(world, tmp_path, path, sentence):
     """Catches: a traceback of 25 lines, and a folder that then refuses the corrected command."""
     (tmp_path / "run/checkpoints/step-000001").mkdir(parents=True)
-    (tmp_path / "empty").mkdir()
+    for name, files in (("empty", ()), ("both", ("config.json", "adapter_config.json"))):
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).touch()
     with pytest.raises(ValueError, match=f"--model .*{sentence}"):
         runs.check_model(path if path[0] in "/a" else str(tmp_path / path))
 

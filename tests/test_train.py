@@ -14,15 +14,18 @@ import torch
 from conftest import make_video
 from filelock import FileLock
 from messages_server import MessagesServer
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import data
+import evaluate
 import ffr
 import runs
 import toy
 import train
-from model import Student
+from model import ADAPTERS, Student
 from patch import alignment
+from processes import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMINGS = ("seconds", "tokens_per_second", "peak_memory_gb")
@@ -263,6 +266,61 @@ def test_every_ablation_runs(world, tmp_path, changes):
     assert rows[0]["intervention_ratio"] > 0 or changes.get("method") == "grpo"
 
 
+def test_an_adapter_is_evaluated_as_it_was_trained(world, tmp_path, capsys):
+    """Catches: an evaluation of the base alone; a run that takes an adapter for whole weights."""
+    held = str(world / "heldout.json")
+    rows = {name: run(config_of(world, tmp_path / name, lora=4, lr=3e-2, steps=3, merge=merge,
+                                method="grpo", eval_data=held))
+            for name, merge in (("adapters", False), ("merged", True))}
+    for ours, theirs in zip(*rows.values()):
+        assert {k: v for k, v in ours.items() if k not in TIMINGS} == {
+            k: v for k, v in theirs.items() if k not in TIMINGS}
+    answers, base = {}, world / "warm/checkpoints/step-000060"
+    for name in ("adapters", "merged", "base"):
+        model = str(base if name == "base" else runs.newest_checkpoint(tmp_path / name))
+        evaluate.main(["--benchmark", "own", "--data", held, "--video_root", str(world / "videos"),
+                       "--model", model, "--output", str(tmp_path / "eval" / name),
+                       "--decode_workers", "0"])
+        answers[name] = [row["text"] for row in
+                         runs.read_log(tmp_path / "eval" / name / "answers.jsonl")]
+    assert answers["adapters"] == answers["merged"] != answers["base"]
+    with pytest.raises(SystemExit) as end:
+        train.main(["--model", str(runs.newest_checkpoint(tmp_path / "adapters")), "--data", held])
+    assert end.value.code == 2 and "is an adapter: train whole weights" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_adapters_on_two_processes_equal_one(world, tmp_path):
+    """Catches: adapters that FSDP averages or casts otherwise than it should, a copy of them or a
+    stop that mixes up shards; ranks that wait for each other where adapters are off.
+    """
+    def configs(name, processes, methods, **changes):
+        settings = {"steps": 5, "save_every": 3, "lora": 4, "lora_vision": True, "lr": 3e-3,
+                    "top_p": 0.6, "batch_prompts": 2 // processes, **changes}
+        return [config_of(world, tmp_path / name / method, method=method, **settings)
+                for method in methods]
+
+    def file(name, method):
+        return load_file(tmp_path / name / method / "checkpoints/step-000005" / ADAPTERS)
+
+    assert launch(configs("one", 1, ("sft", "ffr", "visd"))) == [0]
+    assert launch(configs("two", 2, ("sft", "ffr", "visd")), 2) == [0, 0]
+    assert launch(configs("killed", 2, ("visd",)), 2, kill_after=3) == [-signal.SIGKILL] * 2
+    assert launch(configs("killed", 2, ("visd",), resume=True), 2) == [0, 0]
+    for method in ("sft", "ffr", "visd"):
+        one, two = (untimed(tmp_path / name / method / "metrics.jsonl") for name in ("one", "two"))
+        for ours, theirs in list(zip(one, two, strict=True))[:5 if method == "sft" else 1]:
+            for key in ("loss", "grad_norm", "kl"):
+                assert theirs[key] == pytest.approx(ours[key], abs=2e-4), (method, key)
+        assert one[0]["grad_norm"] > 0 and (method == "sft") == (one[-1]["kl"] == 0)
+    ours, theirs = (file(name, "sft") for name in ("one", "two"))
+    assert all(torch.allclose(ours[key], theirs[key], atol=1e-4) for key in ours)
+    killed, whole = (file(name, "visd") for name in ("killed", "two"))
+    assert killed.keys() == whole.keys() == ours.keys()
+    assert all(torch.equal(killed[key], whole[key]) for key in whole)
+    assert untimed(tmp_path / "killed/visd/metrics.jsonl") == two
+
+
 def test_micro_batches_do_not_change_the_step(world, tmp_path):
     """Catches: a gradient that depends on how a step is cut into forwards."""
     changes = dict(steps=1, batch_prompts=2)
@@ -281,6 +339,8 @@ def test_micro_batches_do_not_change_the_step(world, tmp_path):
     (["--model", "m", "--data", "d", "--rollouts", "1"], "--rollouts must be at least 2"),
     (["--method", "magic"], "invalid choice"),
     (["--cuda_graphs"], "--cuda_graphs needs a CUDA device"),
+    (["--offload"], "--offload needs a CUDA device"),
+    (["--lora", "8", "--freeze_vision"], "--freeze_vision changes nothing in this run: it is for "),
     (["--kappa", "30"], "--kappa must be at most 2"),  # before the toy world is made
     (["--epochs", "2"], "--epochs changes nothing in this run"),
     (["--video_root", "v"], "--data and --video_root need --model"),
