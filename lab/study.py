@@ -42,6 +42,7 @@ CONDITIONS = (  # name, flags of train.py, tables it is in
     ("ffr_plain", "--method ffr --score_under plain", "methods tokens"),
     ("ffr_visd", "--method ffr_visd", "methods"),
     ("ffr_ahead", "--method ffr --ahead 1", "methods"),
+    ("ffr_lora", "--method ffr --lora 8 --lr 1.5e-3", "methods"),
     ("sft", "--method sft", "methods"),
     ("sft_teacher", "--method sft_teacher", "methods"),
     # the length bonus' band is the same share of the longest completion as in Video-R1

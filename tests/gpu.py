@@ -55,7 +55,7 @@ import bench
 import ffr
 import model as student_module
 import tiny
-from model import Student, Tree, attention_names, cuda_graph, tree_attention
+from model import Student, Tree, add_adapters, attention_names, cuda_graph, tree_attention
 
 ROOT = Path(__file__).resolve().parent.parent
 READING, TRL = "av jiwer rapidfuzz nltk tqdm pytest".split(), "trl accelerate psutil".split()
@@ -197,8 +197,8 @@ class checkpoint:  # noqa: N801, used as a context like open()
 
 
 def make_student(name: str, device: torch.device, dtype: torch.dtype, trainable: bool = False,
-                 attention: str = "auto", seed: int = 0) -> Student:
-    """Return a student of random weights in the shapes of tests/bench.py."""
+                 attention: str = "auto", seed: int = 0, lora: int = 0) -> Student:
+    """Return a student of random weights in the shapes of tests/bench.py, adapters in fp32."""
     names = attention_names(attention, device.type == "cuda", dtype)
     torch.manual_seed(seed)
     with torch.device(device):
@@ -208,6 +208,8 @@ def make_student(name: str, device: torch.device, dtype: torch.dtype, trainable:
         for p in made.parameters():
             if p.ndim > 1:
                 p.normal_(std=p[0].numel() ** -0.5)
+    if lora:
+        add_adapters(made, lora)
     if trainable:
         student_module.recompute_blocks(made)
     student = Student(made.train(trainable), SimpleNamespace(tokenizer=tiny.Tokenizer()), trainable)
@@ -436,6 +438,35 @@ def update(note: Findings, device: torch.device, dry: bool) -> None:
          share(training, 3 * forward))
     if cuda:
         note("its peak memory in GiB", round(torch.cuda.max_memory_allocated() / 2**30, 1))
+
+
+def lora(note: Findings, device: torch.device, dry: bool) -> None:
+    """Make two steps of a 7B's adapters as train.py does: sample, reference, update; its memory."""
+    cuda, G, C = device.type == "cuda", 8, 6 if dry else 200
+    dtype = torch.bfloat16 if cuda else torch.float32
+    student = make_student("cpu" if dry else "7b", device, dtype, trainable=True, lora=16)
+    student.record = cuda_graph if cuda else None
+    prefix = bench.make_prefix("cpu" if dry else "7b", 120 if dry else 1250)
+    optimizer, mean = torch.optim.AdamW(student.trained(), lr=1e-3, fused=True), []
+    rows, first = ([prefix], [tiny.text(5)] * G, [0] * G), None
+    for step in range(2):
+        begin = time.time()
+        with student.gathered():
+            drawn = student.sample(student.prefill([prefix]), *rows[1:], ffr.noise("lora", G, C), C)
+        said = [c.ids for c in drawn]
+        first = first or said
+        mean.append(student.at_start(*rows, first)[0].mean().item())
+        logp_T, _ = student(*rows, said)
+        gap = (logp_T.detach().cpu() - torch.cat([c.logp.cpu() for c in drawn])).abs().mean().item()
+        logp_T.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds = round(time.time() - begin, 2)
+        note(f"step {step}: seconds, logp_mismatch", [seconds, gap], gap < 0.05)
+    note("the reference is the same before and after an update", mean, mean[0] == mean[1])
+    note("GiB of weights", round(sum(p.nbytes for p in student.parameters()) / 2**30, 2))
+    if cuda:
+        note("peak memory in GiB", round(torch.cuda.max_memory_allocated() / 2**30, 1))
 
 
 def steps(note: Findings, device: torch.device, dry: bool) -> None:
@@ -682,10 +713,10 @@ def evaluation(note: Findings, device: torch.device, dry: bool) -> None:
 SECTIONS = {  # what to run, seconds it may take on a card, and the modules that it needs
     "kernels": (kernels, 25, []), "trap": (trap, 15, []), "tokens": (tokens, 40, []),
     "toy": (toy_run, 100, READING), "decode": (decode, 60, []), "update": (update, 30, []),
-    "steps": (steps, 90, []), "trl": (against_trl, 60, TRL),
+    "lora": (lora, 20, []), "steps": (steps, 90, []), "trl": (against_trl, 60, TRL),
     "evaluate": (evaluation, 40, READING)}
 GROUPS = {"right": ("kernels", "trap", "tokens", "toy"),
-          "fast": ("decode", "update", "steps", "trl", "evaluate")}
+          "fast": ("decode", "update", "lora", "steps", "trl", "evaluate")}
 
 
 def card() -> list[str]:
