@@ -14,7 +14,7 @@ while `Live` adds up the tensors that are alive; what FSDP shards and gathers is
 import ctypes
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
@@ -303,51 +303,65 @@ def rolling(run: Any, groups: list[ffr.Group], rows: int, suffix: Any) -> float:
         return max(live.top, live.now + own + logits)
 
 
+def count(weights: Iterable[nn.Parameter], trained: bool = False) -> int:
+    """Return how many numbers the weights are, or those of them that are trained."""
+    return sum(p.numel() for p in weights if p.requires_grad or not trained)
+
+
 def standing(run: Any, processes: int, size: int) -> dict[str, float]:
     """Return the bytes that stand all the time in one of so many processes, by what they are.
 
-    size: bytes of a number in the compute type. Trained weights, gradients and AdamW's two averages
-    are fp32.
+    size: bytes of a number in the compute type, which frozen weights have. Trained weights,
+    gradients and AdamW's two averages are fp32.
     """
-    weights = sum(p.numel() for p in run.student.parameters())
-    trained = sum(p.numel() for p in run.student.parameters() if p.requires_grad)
-    found = {"weights": 4 * weights, "gradients": 4 * trained, "AdamW": 8 * trained}
-    found |= {"reference": size * weights} if run.reference else {}
-    found |= {"copy of the method": 4 * weights} if run.method.copy else {}
+    whole, trained = (count(run.student.parameters(), only) for only in (False, True))
+    found = {"weights": 4 * trained + size * (whole - trained), "gradients": 4 * trained,
+             "AdamW": 8 * trained}
+    if isinstance(run.reference, nn.Module):  # with adapters it is the student without them
+        found["reference"] = size * whole
+    if run.method.copy:
+        found["copy of the method"] = 4 * count(run.method.copy.parameters())
     return {name: number / processes for name, number in found.items()}
 
 
 def gathered(run: Any, size: int) -> dict[str, float]:
     """Return the bytes of whole parameters and gradients that FSDP holds for a while, by phase.
 
-    Rollouts keep all parameters whole; else it is what is outside the blocks, two blocks, and their
-    gradients, which are added up in fp32.
+    Rollouts keep all parameters whole; else it is what is outside the blocks, two blocks, and the
+    gradients of one and of what is outside, which are added up in fp32.
     """
-    inner = run.student.model.model
-    blocks = [sum(p.numel() for p in block.parameters())
+    inner, everything = run.student.model.model, list(run.student.parameters())
+    blocks = [list(block.parameters())
               for block in [*inner.visual.blocks, *inner.language_model.layers]]
-    whole, block = sum(p.numel() for p in run.student.parameters()), max(blocks)
-    root = whole - sum(blocks)
-    return {"rollouts": size * whole, "evaluation": size * whole,
-            "reference": size * (root + 2 * block),
-            "update": size * (root + 2 * block) + (size + 4) * (root + block)}
+
+    def parts(trained):
+        sizes = [count(block, trained) for block in blocks]
+        return count(everything, trained) - sum(sizes), max(sizes)
+
+    (root, block), (root_trained, block_trained) = parts(False), parts(True)
+    some, whole = size * (root + 2 * block), size * count(everything)
+    return {"rollouts": whole, "evaluation": whole, "reference": some,
+            "update": some + (size + 4) * (root_trained + block_trained)}
 
 
-def predicted(run: Any, peaks: dict[str, float], processes: int,
-              sharded: bool) -> dict[str, float]:
+def predicted(run: Any, peaks: dict[str, float], processes: int, on_cpu: bool) -> dict[str, float]:
     """Return the bytes of one process: what stands, and each phase at its peak with all of it.
 
-    run: on the meta device, in the compute type; peaks: of `activations`.
+    run: on the meta device, in the compute type; peaks: of `activations`. on_cpu: one process
+    without FSDP, whose gradients are in the peaks, and which repacks its layers to decode. With
+    --offload nothing stands on a card.
     """
-    size = run.student.model.lm_head.weight.element_size()
+    size, student = run.student.model.lm_head.weight.element_size(), run.student
     found, more = standing(run, processes, size), gathered(run, size)
-    always = sum(found.values()) - (0 if sharded else found["gradients"])
+    always = 0 if run.config.offload else sum(found.values()) - on_cpu * found["gradients"]
     for phase, peak in peaks.items():
-        found[phase] = always + peak + (more[phase] if sharded else 0)
-        if not sharded and phase in ("rollouts", "evaluation"):  # a CPU's repacked layers
-            linears = [*run.student.model.model.language_model.layers.parameters(),
-                       run.student.model.lm_head.weight]
-            found[phase] += size * sum(p.numel() for p in linears if p.ndim > 1)
+        found[phase] = always + peak
+        if processes > 1 or not (on_cpu or student.adapted):
+            found[phase] += more[phase]
+        elif on_cpu and phase in ("rollouts", "evaluation"):
+            layers = [*student.model.model.language_model.layers.parameters(),
+                      student.model.lm_head.weight]
+            found[phase] += size * count(p for p in layers if p.ndim > 1)
     return found
 
 
@@ -419,12 +433,13 @@ def planned(make: Callable, update: Callable, device: torch.device, dtype: torch
     """Return the plan of a run as text. make(device, dtype) -> its Run; update: train.py's."""
     if device.type == "cpu":  # blocks of their own: what is freed is gone, as CUDA counts
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
-    meta, sharded, measured = torch.device("meta"), dist.is_initialized(), {}
+    meta, measured = torch.device("meta"), {}
+    on_cpu = device.type == "cpu" and not dist.is_initialized()
     blank = make(meta, dtype)
     if device.type == "cuda":
         recompute_blocks(blank.student.model)
     groups = at_the_largest(blank)
-    here = predicted(blank, activations(blank, groups, sharded), world_size(), sharded)
+    here = predicted(blank, activations(blank, groups, not on_cpu), world_size(), on_cpu)
     seconds, why, room = None, "", free(device)
     if max(here.values()) < 0.95 * room:
         base = used(device)
@@ -443,7 +458,7 @@ def planned(make: Callable, update: Callable, device: torch.device, dtype: torch
     recompute_blocks(cards.student.model)
     peaks = activations(cards, at_the_largest(cards), True)
     columns = {"predicted": here, "measured": measured} | {
-        f"{n} GPU{'s' * (n > 1)}": predicted(cards, peaks, n, True) for n in CARDS}
+        f"{n} GPU{'s' * (n > 1)}": predicted(cards, peaks, n, False) for n in CARDS}
     longest = len(groups[0].prefix.ids)
     return "\n".join([
         f"one step at the largest sizes: prompts of {longest} tokens, "
@@ -476,8 +491,9 @@ def time_and_cost(run: Any, seconds: dict | None, size: int) -> list[str]:
         lines.append(f"the step took {seconds['step']:.1f} s ({parts}), reading files and the "
                      f"teacher aside; {run.steps} such steps: {hours:.2f} h")
     stands = standing(run, 1, size)
-    state = stands["weights"] + stands["AdamW"] + stands.get("copy of the method", 0)
-    each = state + size * stands["weights"] / 4
+    state = 12 * count(run.student.parameters(), True) + stands.get("copy of the method", 0)
+    shown = count(run.student.parameters(), bool(config.lora) and not config.merge)
+    each = state + shown * (4 if config.lora and not config.merge else size)
     lines.append(f"a checkpoint takes {each / 1e9:.2f} GB on disk; {config.keep_checkpoints} are "
                  "kept, and one more while it is written")
     if run.method.repairs and run.method.compares:
