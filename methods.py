@@ -708,6 +708,7 @@ def useful(config: Any) -> dict[str, tuple[bool, str]]:
         ("eval_patches", kind.repairs and bool(config.eval_data or not config.model),
          "methods that write patches, with --eval_data"),
         ("epochs", not config.steps, "runs without --steps"),
-        ("decode_seconds", config.decode_workers > 0, "runs with --decode_workers above 0"))
+        ("decode_seconds", config.decode_workers > 0, "runs with --decode_workers above 0"),
+        ("keep_rollouts_mb", config.keep_rollouts > 0, "runs with --keep_rollouts above 0"))
     return {flag_: (bool(heeded), where) for flags, heeded, where in rules
             for flag_ in flags.split()}

@@ -15,7 +15,6 @@ import fcntl
 import hashlib
 import itertools
 import json
-import math
 import os
 import platform
 import re
@@ -29,6 +28,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import field, fields, replace
@@ -305,14 +305,17 @@ def peak_memory(device: Any) -> float:
 LINE_SEPARATORS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}  # for str.splitlines
 
 
-def append(path: Path, row: dict | str) -> None:
-    """Add an object to a JSONL file, one line whatever its texts hold, or a text to another file.
+def jsonl(*rows: dict) -> bytes:
+    """Return objects as JSONL, each one line whatever its texts hold."""
+    text = "".join(json.dumps(row, ensure_ascii=False).translate(LINE_SEPARATORS) + "\n"
+                   for row in rows)
+    return text.encode("utf-8", "backslashreplace")  # half a character has no bytes
 
-    OSError where that cannot be.
-    """
-    text = row if isinstance(row, str) else \
-        json.dumps(row, ensure_ascii=False).translate(LINE_SEPARATORS) + "\n"
-    data = text.encode("utf-8", "backslashreplace")  # half a character has no bytes
+
+def append(path: Path, row: dict | str | bytes) -> None:
+    """Add an object to a JSONL file, or a text or bytes to any file; OSError if that cannot be."""
+    data = jsonl(row) if isinstance(row, dict) else row
+    data = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
     try:
         with open(path, "ab", buffering=0) as file:
             while data:  # a disk that gets full takes a part first
@@ -357,14 +360,16 @@ def _decoded(data, path):
         raise ValueError(f"{path}, line {line}, is not UTF-8 text") from None
 
 
-def cut(path: Path, last: float) -> None:
-    """Drop a log's lines of steps after `last`, and a last line that was torn by a kill."""
+def cut(path: Path, steps: Container[int]) -> list[dict]:
+    """Keep a log's lines of these steps alone, without one that a kill has torn; return them."""
+    kept = [(line, row) for line, row in zip(_whole_lines(path), read_log(path))
+            if row["step"] in steps]
     if path.exists():
-        rows = zip(_whole_lines(path), read_log(path))
-        write_whole(path, "".join(line + "\n" for line, row in rows if row["step"] <= last))
+        write_whole(path, "".join(line + "\n" for line, _ in kept))
+    return [row for _, row in kept]
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str | bytes) -> None:
     """Write a file that is complete under its name, or absent; one process at a time may do so."""
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -509,8 +514,11 @@ def postfix(row: dict) -> str:
                     if row[name] is not None)
 
 
-def summary(evals: list[dict], rows: list[dict]) -> list[str]:
-    """Return held-out accuracy before and after, and how the need for help changed, as lines."""
+def summary(evals: list[dict], rows: list[dict], answers: list[dict]) -> list[str]:
+    """Return held-out accuracy before and after, and how the need for help changed, as lines.
+
+    answers: of eval_answers.jsonl; where they are of several kinds, one line has those apart.
+    """
     quarter = max(1, len(rows) // 4)
 
     def mean(part, name):
@@ -521,14 +529,92 @@ def summary(evals: list[dict], rows: list[dict]) -> list[str]:
         return f"  {label:22}" + "".join("-".rjust(15) if value is None else
                                          f"{100 * value:13.1f} %" for value in values)
 
+    def of_kind(kind, step):
+        return mean([r for r in answers if (r["kind"], r["step"]) == (kind, step)], "accuracy")
+
+    kinds = {kind: [of_kind(kind, e["step"]) for e in (evals[0], evals[-1])]
+             for kind in dict.fromkeys(row["kind"] for row in answers)}
+    apart = [f"{kind} {100 * a:.1f} to {100 * b:.1f} %" for kind, (a, b) in kinds.items()
+             if len(kinds) > 1 and None not in (a, b)]
     names = ["intervention_ratio", "repair_rate"]
     names += ["unpatched_share"] * bool(mean(rows, "unpatched_share"))
     return [f"held-out ({evals[-1]['n']} questions)".ljust(24) + f"{'before':>15}{'after':>15}",
             line("without patches", evals[0]["accuracy"], evals[-1]["accuracy"]),
             line("with patches", *(e["accuracy_with_patches"] for e in (evals[0], evals[-1]))),
+            *(["  by kind: " + ", ".join(apart)] if apart else []),
             "training".ljust(24) + f"{'first quarter':>15}{'last quarter':>15}",
             *(line(name.replace("_", " "), mean(rows[:quarter], name), mean(rows[-quarter:], name))
               for name in names)]
+
+
+def keep_rollouts(run: Any, rows: list[dict]) -> bool:
+    """Write a step's groups to rollouts.jsonl and their strips to thumbnails/, if there is room.
+
+    The room is --keep_rollouts_mb, shared out over the steps, so that a long run keeps fewer of
+    them and not only its first; a resumed run leaves out the same ones.
+    """
+    strips = {row["thumbnails"]: row.pop("strip") for row in rows}
+    strips = {name: strip for name, strip in strips.items()
+              if strip and not (run.output / name).exists()}
+    data, room = jsonl(*rows), run.config.keep_rollouts_mb * 1e6
+    size = len(data) + sum(map(len, strips.values()))
+    if run.kept > room * run.step / run.steps or run.kept + size > room:
+        if not run.left_out:
+            say(f"\nrollouts.jsonl leaves out step {run.step} and others, for which its share of "
+                f"--keep_rollouts_mb {run.config.keep_rollouts_mb} has no room")
+        run.left_out = True
+        return False
+    (run.output / "thumbnails").mkdir(exist_ok=True)
+    for name, strip in strips.items():
+        write_whole(run.output / name, strip)
+    append(run.output / "rollouts.jsonl", data)
+    run.kept += size
+    return True
+
+
+class Tracker:
+    """A run's figures and some of its rollouts, sent to TensorBoard or trackio.
+
+    A resumed run goes on in the same place and sends what it repeats again: TensorBoard shows the
+    latest, trackio both.
+    """
+
+    def __init__(self, kind: str, output: Path, step: int, flags: dict):
+        """Begin, or go on after `step` steps."""
+        self.tensorboard = kind == "tensorboard"
+        if self.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.to = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+        else:
+            import trackio
+            self.to, place = trackio, digest(str(output.resolve()))[:6]
+            trackio.init("find-fix-reason", f"{output.name}-{place}", config=flags,
+                         resume="allow" if flags["resume"] else "never")
+
+    def send(self, step: int, figures: dict, text: str = "", image: Path | None = None) -> None:
+        """Send the numbers in `figures`, nested ones as A/B, and perhaps a rollout and frames."""
+        if not self.tensorboard:
+            shown = {"rollout": self.to.Markdown(text), "frames": self.to.Image(image)} \
+                if image else {}
+            self.to.log(flat(figures) | shown, step=step)
+            return
+        for name, number in flat(figures).items():
+            self.to.add_scalar(name, number, step)
+        if image:
+            from torchvision.io import decode_image
+            self.to.add_text("rollout", text, step)
+            self.to.add_image("frames", decode_image(str(image)), step)
+        self.to.flush()
+
+def flat(figures: dict) -> dict[str, float]:
+    """Return the numbers in nested objects by their path, A/B; the step number is none."""
+    numbers = {}
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            numbers |= {f"{name}/{inner}": number for inner, number in flat(value).items()}
+        elif isinstance(value, (int, float)) and name != "step":
+            numbers[name] = value
+    return numbers
 
 
 # ---------------------------------------------------------------------------------------------
@@ -840,10 +926,18 @@ def resume(run: Any) -> None:
 
 def cut_logs(run: Any) -> None:
     """Drop what a run's logs say of steps that are still to be made."""
-    for name, last in (("metrics", run.step - 1), ("patches", run.step - 1),
-                       ("eval", run.step),  # evaluated after so many steps
-                       ("bad_samples", math.inf)):  # none is noted twice
-        cut(run.output / f"{name}.jsonl", last)
+    made = range(run.step)
+    cut(run.output / "metrics.jsonl", made)
+    cut(run.output / "patches.jsonl", made)
+    cut(run.output / "bad_samples.jsonl", range(-1, sys.maxsize))  # none is noted twice
+    evals = cut(run.output / "eval.jsonl", range(run.step + 1))  # evaluated after so many steps
+    cut(run.output / "eval_answers.jsonl", {row["step"] for row in evals})
+    shown = {row["thumbnails"] for row in cut(run.output / "rollouts.jsonl", made)}
+    for path in (run.output / "thumbnails").glob("*"):
+        if f"thumbnails/{path.name}" not in shown:
+            path.unlink()
+    kept = [run.output / "rollouts.jsonl", *(run.output / "thumbnails").glob("*")]
+    run.kept = sum(path.stat().st_size for path in kept if path.exists())
     if (samples := run.output / "samples.md").exists():
         parts = re.split(r"(?m)^(?=## step \d+, sample )", samples.read_text(encoding="utf-8"))
         kept = [part for part in parts if part and int(part.split()[2].rstrip(",")) < run.step]

@@ -12,11 +12,13 @@ resumed run repeats the interrupted one.
 
 import json
 import math
+import os
 import sys
 from collections import Counter, OrderedDict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,14 +36,14 @@ from guard import check_money
 from lab.plan import EVAL_PROMPTS, planned
 from model import ADAPTER, AdapterCopy, Completion, Student, local
 from patch import EVIDENCE_LEVELS, Patch, alignment, outside_clip, patch_images, render
-from runs import (Folder, Phases, Stopper, about, append, asked_with, changed, check_model,
-                  cut_logs, digest, everyone, flag, going_on, measure, metrics, newest_checkpoint,
-                  one_sentence, parse, peak_memory, postfix, rank, read_folders, read_json,
-                  read_log, read_rows, require, require_files, require_positive, resume, save,
-                  say, start_processes, summary, typed, waiting_for, wording, world_size,
-                  write_whole)
+from runs import (Folder, Phases, Stopper, Tracker, about, append, asked_with, changed, check_model,
+                  cut_logs, digest, everyone, flag, going_on, jsonl, keep_rollouts,
+                  measure, metrics, newest_checkpoint, one_sentence, parse, peak_memory, postfix,
+                  rank, read_folders, read_json, read_log, read_rows, require, require_files,
+                  require_positive, resume, save, say, start_processes, summary, typed,
+                  waiting_for, wording, world_size, write_whole)
 from teacher import STATS, Teacher, TeacherConfig, make_teacher
-from video import MAX_IMAGE_PIXELS, Clip, ClipLoader, FrameCache
+from video import MAX_IMAGE_PIXELS, Clip, ClipLoader, FrameCache, strip, strip_size
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,10 @@ class Config:
     offload: bool = flag(False, "train in the host's memory through FSDP (not yet tried on a GPU)")
     seed: int = flag(0, "seed of the data order and of every rollout")
     # the run
+    keep_rollouts: int = flag(1, "every K-th step's rollouts go to rollouts.jsonl; 0: none")
+    keep_rollouts_mb: int = flag(200, "most megabytes of them, shared out over the run's steps")
+    track: str = flag("none", "send figures and rollouts to a tracker as well",
+                      ("none", "tensorboard", "trackio"))
     save_every: int = flag(100, "steps between checkpoints")
     keep_checkpoints: int = flag(2, "how many of the newest checkpoints are kept")
     resume: bool = flag(False, "go on from the newest checkpoint of --output")
@@ -159,7 +165,7 @@ TOY_WORLD = dict(data=f"{TOY_FOLDER}/train.json", eval_data=f"{TOY_FOLDER}/heldo
 TOY_SEEN = dict(max_completion=48, frames=16, max_pixels=56 * 56)
 TOY_WARMING = dict(model=f"{TOY_FOLDER}/model", data=f"{TOY_FOLDER}/warm.json",
                    output=str(TOY_WARM), method="sft", steps=60, batch_prompts=24, lr=1e-3,
-                   warmup_steps=5, max_grad_norm=1.0, save_every=10**6, **TOY_SEEN)
+                   warmup_steps=5, max_grad_norm=1.0, save_every=10**6, keep_rollouts=0, **TOY_SEEN)
 TOY = dict(steps=60, batch_prompts=8, lr=4e-4, beta=0.0, save_every=20, **TOY_SEEN)
 FIRST_STEPS = 3  # after which is said what has gone wrong in all of them
 PREFIX_BYTES = 2**30  # pixels of processed prompts kept in memory
@@ -174,11 +180,12 @@ def check(config: Config) -> None:
                      "micro_tokens", "save_every", "keep_checkpoints", "shape_gamma", "sd_sync",
                      "temperature", "top_p", "pass_mark", "clip_low", "clip_high", "max_grad_norm",
                      "teacher_rounds", "teacher_timeout", "teacher_step_timeout", "decode_seconds",
-                     "length_low", "lora_alpha")
+                     "length_low", "lora_alpha", "keep_rollouts_mb")
     for name in ("steps", "warmup_steps", "weight_decay", "beta", "kappa", "alignment_weight",
                  "dynamic_sampling", "sd_horizon", "sd_topk", "sd_clip", "blind_test", "eval_every",
                  "teacher_budget", "decode_workers", "frame_cache_gb", "seed", "replay_share",
-                 "replay_start", "sd_lambda", "sd_ema", "samples", "ahead", "lora"):
+                 "replay_start", "sd_lambda", "sd_ema", "samples", "ahead", "lora",
+                 "keep_rollouts"):
         value = getattr(config, name)
         require(value >= 0, f"--{name} must not be negative, got {value}")
     for name, most in (("top_p", 1), ("pass_mark", 1), ("clip_low", 1), ("replay_share", 1),
@@ -194,6 +201,8 @@ def check(config: Config) -> None:
     check_money(config.teacher_price, config.teacher_budget, "--teacher")
     require(set(config.teacher_prompt.split(",")) <= {"analysis", "negative", "tools", ""},
             "--teacher_prompt is a list of analysis, negative and tools")
+    require(config.track == "none" or find_spec(config.track), f"--track {config.track}: the "
+            f"package is missing; pip install {config.track}")
 
 
 def refuse_useless(config: Config, given: set[str]) -> None:
@@ -233,6 +242,7 @@ class Run:
         self.steps = config.steps or max(1, int(config.epochs * len(self.samples)) // per_step)
         self.prefixes, self.prefix_bytes = OrderedDict(), 0
         self.epoch, self.step, self.bad, self.stats = None, 0, 0, {}
+        self.kept, self.left_out = 0, False  # bytes of rollouts.jsonl and thumbnails; a step of it
         files = {name: getattr(config, name) for name in ("eval_data", "template")}
         now = about(files, identity(self.student),
                     "" if config.plan else frozen(self.student, self.reference))
@@ -246,6 +256,8 @@ class Run:
         if rank() == 0:
             self._start_folder(now)
         everyone(None)
+        self.tracker = None if rank() or config.track == "none" else \
+            Tracker(config.track, self.output, self.step, asdict(config))
         self.loader = self._loader()
         self.stopper = Stopper()
 
@@ -434,6 +446,10 @@ class Run:
             self.prefix_bytes -= self.prefixes.popitem(last=False)[1].pixels.nbytes
         return self.prefixes[key]
 
+    def keeps(self) -> bool:
+        """Return whether the step's rollouts are to be kept."""
+        return self.config.keep_rollouts > 0 and self.step % self.config.keep_rollouts == 0
+
     def taught(self) -> dict[str, float]:
         """Return what the teacher did since this was last asked."""
         stats = self.teacher.stats() if self.teacher else dict.fromkeys(STATS, 0)
@@ -586,11 +602,18 @@ def score(student: Student, batch: ffr.MicroBatch, config: Config, entropy: bool
 def backward(run: Run, batches: list[ffr.MicroBatch], first: bool) -> dict:
     """Add up the gradients of the step's loss; its first update settles what π_old is.
 
-    Returns sums over this rank's tokens, and the samples of parts that are not finite.
+    Returns sums over this rank's tokens, the samples of parts that are not finite, and, of a step
+    that is kept, the means of every slot's trained tokens by id(slot): entropy, and log π_θ − log
+    π_old at sampling time.
     """
-    config, sums = run.config, {"loss": 0.0, "broken": []}
+    config, sums = run.config, {"loss": 0.0, "broken": [], "slots": {}}
     for batch in batches:
         logp_T, entropy_T = score(run.student, batch, config, first)
+        if first and run.keeps():
+            both_2T = torch.stack([entropy_T, logp_T.detach() - batch.old_logp_T.to(logp_T.device)])
+            means = both_2T.cpu().split([len(ids) for ids in batch.completions], dim=1)
+            sums["slots"] |= {id(slot): part.mean(dim=1).tolist()
+                              for (_, slot), part in zip(batch.members, means)}
         mismatch = ffr.settle(batch, logp_T) if first else 0.0
         loss, added = ffr.loss(logp_T, batch, config.clip_low, config.clip_high, config.beta,
                                run.method.surrogate)
@@ -641,11 +664,12 @@ def filler(run: Run) -> ffr.MicroBatch:
 def evaluate(run: Run) -> int:
     """Answer the held-out questions greedily: alone and, by --eval_patches, with patches as well.
 
-    Writes a line of eval.jsonl. A stop is heeded between two batches; then there is no line, and
-    the signal's number is returned, else 0.
+    Writes a line of eval.jsonl, and before it one a question of eval_answers.jsonl, in the order of
+    the data. A stop is heeded between two batches; then there is no line, and the signal's number
+    is returned, else 0.
     """
     mine, greedy = run.eval_samples[rank()::world_size()], replace(run.sampling, temperature=0.0)
-    totals, bad, diagnose = [0, 0.0, 0.0], run.bad, run.diagnose if run.eval_patches else None
+    answers, bad, diagnose = [], run.bad, run.diagnose if run.eval_patches else None
     parts = [mine[i:i + EVAL_PROMPTS] for i in range(0, len(mine), EVAL_PROMPTS)]
     run.taught()  # what the step asked is not the evaluation's
     with run.student.gathered():
@@ -660,21 +684,34 @@ def evaluate(run: Run) -> int:
                          "eval", 1, greedy)
                 ffr.fix(groups, diagnose)
                 run.reason(cache, groups, "eval", greedy)
-                slots = [group.slots[0] for group in groups]
-                found = (len(slots), sum(slot.first.accuracy for slot in slots),
-                         sum(slot.chosen.accuracy for slot in slots))
-                totals = [a + b for a, b in zip(totals, found)]
-    *counts, stops, taught, unusable = zip(*everyone((
-        *totals, run.bad - bad, run.stopper.asked, run.taught(), run.unusable)))
+                answers += [answer_row(run, group, bool(diagnose)) for group in groups]
+    parts, undecodable, stops, taught, unusable = zip(*everyone((
+        answers, run.bad - bad, run.stopper.asked, run.taught(), run.unusable)))
     run.bad = bad  # of training alone, so that a run which repeats no evaluation counts alike
-    n, right, patched, undecodable = map(sum, counts)
     run.note_bad(unusable)
     if rank() == 0 and not any(stops):
-        append(run.output / "eval.jsonl", {
-            "step": run.step, "n": n, "undecodable": undecodable, "accuracy": right / max(n, 1),
-            "accuracy_with_patches": patched / max(n, 1) if diagnose else None,
-            "teacher": {name: sum(t[name] for t in taught) for name in taught[0]}})
+        order, n = {sample.id: i for i, sample in enumerate(run.eval_samples)}, sum(map(len, parts))
+        rows = sorted((row for part in parts for row in part), key=lambda row: order[row["id"]])
+        mean, with_patches = (sum(row[name] or 0 for row in rows) / max(n, 1)
+                              for name in ("accuracy", "patched_accuracy"))
+        total = {"step": run.step, "n": n, "undecodable": sum(undecodable), "accuracy": mean,
+                 "accuracy_with_patches": with_patches if diagnose else None,
+                 "teacher": {name: sum(t[name] for t in taught) for name in taught[0]}}
+        append(run.output / "eval_answers.jsonl", jsonl(*rows))
+        append(run.output / "eval.jsonl", total)
+        if run.tracker:
+            run.tracker.send(run.step, {"eval": total})
     return max(stops)
+
+
+def answer_row(run: Run, group: ffr.Group, patches: bool) -> dict:
+    """Return one held-out question, its answer and, in an evaluation with patches, the chosen."""
+    sample, slot = group.sample, group.slots[0]
+    row = {"step": run.step, "id": sample.id, "kind": sample.kind, "question": sample.question,
+           "gold": sample.answer, "answer": run.answer(slot.first.text),
+           "accuracy": slot.first.accuracy, "text": slot.first.text}
+    return row | {"patched_answer": run.answer(slot.chosen.text) if patches else None,
+                  "patched_accuracy": slot.chosen.accuracy if patches else None}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -682,30 +719,33 @@ def evaluate(run: Run) -> int:
 
 
 def log(run: Run, groups: list[ffr.Group], sums: dict, phases: Phases) -> tuple[dict, int]:
-    """Write what all ranks did in a step; patches.jsonl goes by rank, prompt and slot.
+    """Write what all ranks did in a step; logs of rollouts go by rank, prompt and slot.
 
     Returns the metrics, and the number of the signal that asked any rank to stop, else 0.
     """
     asked = [(group.sample, i, slot) for group in groups for i, slot in enumerate(group.slots)
              if slot.diagnosis is not None]
     reasons = Counter(slot.diagnosis.result().reason for *_, slot in asked if slot.patch is None)
-    own = [(g.sample, s) for g in groups for s in g.slots if not s.off_policy]
-    both = [r for _, slot in own for r in (slot.first, slot.repair) if r is not None]
+    own = [slot for group in groups for slot in group.slots if not slot.off_policy]
+    both = [r for slot in own for r in (slot.first, slot.repair) if r is not None]
+    means = sums.pop("slots")
     ranks = everyone({
         "totals": measure(groups), "method": run.method.figures(), "sums": sums,
         "seconds": phases.all(), "bad": run.bad,
         "sampled": sum(len(rollout.ids_C) for rollout in both), "memory": peak_memory(run.device),
         "teacher": run.taught(), "stop": run.stopper.asked, "reasons": reasons,
         "readers": Counter(group.sample.clip.reader for group in groups),
-        "unusable": run.unusable, "patches": [patch_row(run.step, *one) for one in asked]})
+        "unusable": run.unusable, "patches": [patch_row(run.step, *one) for one in asked],
+        "kept": [kept_row(run, group, means) for group in groups if run.keeps()]})
     row = metrics(run.step, ranks)
     run.note_bad([r["unusable"] for r in ranks])
     if rank() == 0:
         for patch in (patch for r in ranks for patch in r["patches"]):
             append(run.output / "patches.jsonl", patch)
+        shown = show(run, [kept for r in ranks for kept in r["kept"]])
         append(run.output / "metrics.jsonl", row)
-        if run.step % max(1, run.steps // 10) == 0 and own:
-            write_sample(run, own)
+        if run.tracker:
+            run.tracker.send(run.step, row, *shown)
     return row, max(r["stop"] for r in ranks)
 
 
@@ -721,21 +761,72 @@ def patch_row(step: int, sample: Sample, i: int, slot: ffr.Slot) -> dict:
             "response": slot.first.text, "repaired": repair.correct if repair else None}
 
 
-def write_sample(run: Run, slots: list[tuple[Sample, ffr.Slot]]) -> None:
-    """Write a whole slot to samples.md, a repaired one where there is one."""
-    sample, slot = next((pair for pair in slots if pair[1].repair is not None), slots[0])
+def kept_row(run: Run, group: ffr.Group, means: dict) -> dict:
+    """Return a group as a line of rollouts.jsonl, and the strip of its frames if it is new."""
+    sample, frames_F3hw = group.sample, group.sample.clip.frames
+    name = f"thumbnails/{digest(sample.id)}.jpg"
+    return {"step": run.step, "rank": rank(), "sample": sample.id, "question": sample.question,
+            "options": sample.options, "kind": sample.kind, "answer": sample.answer,
+            "media": os.path.relpath(sample.media, run.output), "media_type": sample.media_type,
+            "times": sample.clip.times, "thumbnails": name,
+            "thumbnail_size": strip_size(frames_F3hw),
+            "strip": None if (run.output / name).exists() else strip(frames_F3hw),
+            "slots": [kept_slot(run, slot, *means.get(id(slot), (None, None)))
+                      for slot in group.slots]}
 
-    def quote(text):
-        return "\n".join("> " + line for line in text.splitlines())
 
-    parts = [f"## step {run.step}, sample {sample.id}", sample.question, *sample.options,
-             f"gold: {sample.answer}", f"first try (accuracy {slot.first.accuracy:g})",
-             quote(slot.first.text)]
-    if slot.repair is not None:
-        parts += ["patch", quote(render(slot.patch, run.config.evidence)),
-                  f"repair (accuracy {slot.repair.accuracy:g})", quote(slot.repair.text)]
-    parts.append(f"reward {slot.reward:.3f}, advantage {slot.advantage:+.3f}")
-    append(run.output / "samples.md", "\n\n".join(parts) + "\n\n")
+def kept_slot(run: Run, slot: ffr.Slot, entropy: float | None, log_ratio: float | None) -> dict:
+    """Return a slot as rollouts.jsonl has it; the parts of a reward by Eq. 8 add up to it."""
+    def rollout(made):
+        same = ("text", "accuracy", "format", "correct", "finished")
+        return made and {**{name: getattr(made, name) for name in same},
+                         "answer": run.answer(made.text), "tokens": len(made.ids_C)}
+
+    config, chosen, diagnosis = run.config, slot.chosen, slot.diagnosis and slot.diagnosis.result()
+    taxed = chosen is slot.repair
+    parts = {"accuracy": chosen.accuracy, "format": chosen.format,
+             "kappa": -config.kappa if taxed else 0.0,
+             "alignment": config.alignment_weight * slot.alignment if taxed else 0.0}
+    by_eq_8 = run.method.compares and run.method.value is ffr.reward
+    trained = "trace" if slot.off_policy else "repair" if slot.trained is slot.repair else "first"
+    return {"first": rollout(slot.first), "repair": rollout(slot.repair),
+            "diagnosis": diagnosis and {"status": diagnosis.status, "reason": diagnosis.reason},
+            "patch": slot.patch and asdict(slot.patch),
+            "patch_text": slot.patch and render(slot.patch, config.evidence),
+            "reward": slot.reward, "parts": parts if by_eq_8 else {}, "advantage": slot.advantage,
+            "trained": slot.trained and trained, "entropy": entropy,
+            "log_ratio": None if slot.off_policy else log_ratio,
+            "staleness": None if slot.off_policy else 0}
+
+
+def show(run: Run, rows: list[dict]) -> tuple:
+    """Keep the groups of a step, and write one slot to samples.md on about ten of the kept steps.
+
+    Returns that slot's text and its frames for a tracker; nothing where nothing is kept.
+    """
+    kept = bool(rows) and keep_rollouts(run, rows)
+    slots = [(row, slot) for row in rows for slot in row["slots"] if slot["trained"] != "trace"]
+    if not slots:
+        return ()
+    row, slot = next((pair for pair in slots if pair[1]["repair"]), slots[0])
+    text, every = told(row, slot), run.config.keep_rollouts
+    if run.step // every % max(1, run.steps // every // 10) == 0:
+        append(run.output / "samples.md", text)
+    return (text, run.output / row["thumbnails"]) if kept else ()
+
+
+def told(row: dict, slot: dict) -> str:
+    """Return a slot of rollouts.jsonl in Markdown."""
+    def tried(name, made):
+        quoted = "\n".join("> " + line for line in made["text"].splitlines())
+        return [f"{name} (accuracy {made['accuracy']:g})", quoted]
+
+    parts = [f"## step {row['step']}, sample {row['sample']}", row["question"], *row["options"],
+             f"gold: {row['answer']}", *tried("first try", slot["first"])]
+    if slot["repair"]:
+        parts += ["patch", f"> {slot['patch_text'].strip()}", *tried("repair", slot["repair"])]
+    parts.append(f"reward {slot['reward']:.3f}, advantage {slot['advantage']:+.3f}")
+    return "\n\n".join(parts) + "\n\n"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -836,9 +927,10 @@ def warn(rows: list[dict]) -> None:
 
 def conclusion(run: Run, stopped: int) -> str:
     """Return what became of a run: accuracy and help, what could not be read, what to type next."""
-    evals, rows = (read_log(run.output / name) for name in ("eval.jsonl", "metrics.jsonl"))
+    evals, rows, answers = (read_log(run.output / f"{name}.jsonl")
+                            for name in ("eval", "metrics", "eval_answers"))
     bad = read_log(run.output / "bad_samples.jsonl")
-    lines = summary(evals, rows) if evals and rows and not stopped else []
+    lines = summary(evals, rows, answers) if evals and rows and not stopped else []
     if bad:
         lines.append(f"{len({row['id'] for row in bad})} samples could not be used as they are: "
                      + str(run.output / "bad_samples.jsonl"))
@@ -881,7 +973,8 @@ def make_toy_world(device: torch.device, dtype: torch.dtype) -> None:
 FREE = {"output", "resume", "model", "data", "eval_data", "video_root", "template", "teacher_url",
         "teacher_cache", "teacher_price", "teacher_budget", "teacher_timeout",
         "teacher_step_timeout", "save_every", "keep_checkpoints", "eval_every", "decode_workers",
-        "decode_seconds", "frame_cache", "frame_cache_gb"}
+        "decode_seconds", "frame_cache", "frame_cache_gb", "keep_rollouts", "keep_rollouts_mb",
+        "track"}
 
 
 def last_output(method: str) -> str:

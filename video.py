@@ -54,6 +54,8 @@ PICTURES = ".jpg .jpeg .png .webp .bmp".split()  # in folders of frames
 START_SECONDS = 120.0  # time limit for a decoding process to begin
 READER = 2  # of this file: what an older one read is not taken from a cache
 MAX_SENT_PIXELS, MAX_SENT_BYTES = 1024 * 1024, 1_000_000  # of a JPEG; APIs shrink larger images
+STRIP_PIXELS, STRIP_BYTES = 128 * 128, 4096  # of one frame of a strip
+MAX_JPEG_SIDE = 65_500
 
 
 @dataclass(frozen=True, eq=False)
@@ -722,6 +724,26 @@ def jpeg(image_3hw: Tensor, side: int = 0, pixels: int = MAX_SENT_PIXELS) -> str
     if len(file.getvalue()) > MAX_SENT_BYTES and pixels > 4096:
         return jpeg(image_3hw, 0, pixels // 2)
     return base64.b64encode(file.getvalue()).decode()
+
+
+def strip_size(frames_F3hw: Tensor) -> tuple[int, int]:
+    """Return width and height in pixels of one frame of the frames' `strip`."""
+    F, _, h, w = frames_F3hw.shape
+    scale = min(1.0, math.sqrt(STRIP_PIXELS / (h * w)), MAX_JPEG_SIDE / (F * w))
+    return max(1, int(w * scale)), max(1, int(h * scale))
+
+
+def strip(frames_F3hw: Tensor) -> bytes:
+    """Return frames side by side as one small JPEG, coarser where it would be too large."""
+    from PIL import Image
+    (F, _, h, w), (width, height) = frames_F3hw.shape, strip_size(frames_F3hw)
+    image = Image.fromarray(frames_F3hw.permute(2, 0, 3, 1).reshape(h, F * w, 3).numpy())
+    image = image.resize((F * width, height))
+    for quality in (80, 60, 40, 20):
+        image.save(file := io.BytesIO(), "JPEG", quality=quality)
+        if file.tell() <= F * STRIP_BYTES:
+            break
+    return file.getvalue()
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def test_cut_drops_later_steps_and_torn_lines_only(tmp_path):
     whole = [b'{"step":  0, "text": "\xe6\xb8\xa9"}\n', b'{"step": 1}\n', b'{"step": 2}\n']
     path.write_bytes(b"".join(whole) + b'{"step": 2, "text": "\xe6\xb8')
     assert [row["step"] for row in runs.read_log(path)] == [0, 1, 2]
-    runs.cut(path, 1)
+    runs.cut(path, range(2))
     assert path.read_bytes() == b"".join(whole[:2])
     path.write_bytes(whole[1] + b'{"step": \n' + whole[2])
     with pytest.raises(ValueError, match=r"log.jsonl, line 2, is not JSON"):
