@@ -601,9 +601,10 @@ class Tracker:
         for name, number in flat(figures).items():
             self.to.add_scalar(name, number, step)
         if image:
-            from torchvision.io import decode_image
+            import numpy as np
+            from PIL import Image
             self.to.add_text("rollout", text, step)
-            self.to.add_image("frames", decode_image(str(image)), step)
+            self.to.add_image("frames", np.array(Image.open(image)), step, dataformats="HWC")
         self.to.flush()
 
 def flat(figures: dict) -> dict[str, float]:

@@ -796,7 +796,7 @@ def kept_slot(run: Run, slot: ffr.Slot, entropy: float | None, log_ratio: float 
             "reward": slot.reward, "parts": parts if by_eq_8 else {}, "advantage": slot.advantage,
             "trained": slot.trained and trained, "entropy": entropy,
             "log_ratio": None if slot.off_policy else log_ratio,
-            "staleness": None if slot.off_policy else 0}
+            "staleness": None if slot.off_policy else slot.chosen.staleness}
 
 
 def show(run: Run, rows: list[dict]) -> tuple:

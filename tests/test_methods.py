@@ -99,6 +99,15 @@ def test_every_method_trains_and_resumes_after_a_kill(world, tmp_path):
         one, two, killed = (lines(tmp_path / name / method / "metrics.jsonl")
                             for name in ("one", "two", "killed"))
         assert killed == (two if method in keep else one), method
+        kept = [lines(tmp_path / name / method / "rollouts.jsonl")
+                for name in ("killed", "two" if method in keep else "one")]
+        assert kept[0] == kept[1] != [], method
+        by_eq_8 = method not in ("sft", "sft_teacher", "tgrpo", "vote", "judge")
+        for slot in (slot for row in kept[0] for slot in row["slots"]):
+            assert bool(slot["parts"]) == by_eq_8, method
+            assert sum(slot["parts"].values()) == pytest.approx(by_eq_8 * slot["reward"]), method
+            assert (slot["trained"] == "trace") == (slot["log_ratio"] is None), method
+            assert (slot["trained"] == "trace") or not method.startswith("sft")
         assert [row["step"] for row in killed] == list(range(5)), method
         own = methods.METHODS[method].names
         assert (PROMISED - set(TIMINGS)) | set(own) <= one[0].keys() == two[0].keys()

@@ -59,10 +59,12 @@ def test_a_killed_run_goes_on_with_its_own_flags(world):
         file.write('{"step": 3, "torn')
     before = json.loads((world / "killed10/config.json").read_text())
     finish(go_on(world, "--output", "killed10"))
-    for name in ("metrics", "patches"):
+    for name in ("rollouts", "metrics", "patches"):
         found, wanted = (untimed(world / f"{which}/{name}.jsonl")
                          for which in ("killed10", "straight10"))
         assert found == wanted != [], name
+    frames = [fingerprint(world / f"{which}/thumbnails") for which in ("killed10", "straight10")]
+    assert frames[0] == frames[1] != {}
     assert [row["step"] for row in found] and any(
         row["grad_norm"] > 0 for row in runs.read_log(world / "straight10/metrics.jsonl"))
     weights = [world / f"{run}/checkpoints/step-000005/model.safetensors"
@@ -77,7 +79,8 @@ OTHER = {"model": "warm", "data": "heldout.json", "video_root": "videos2", "temp
          "teacher_prompt": "tools", "loss_norm": "constant", "ratio": "sequence",
          "score_under": "plain", "select": "best", "train_on": "original", "attention": "sdpa",
          "dtype": "bfloat16", "teacher_url": "http://x", "teacher_price": "3/15",
-         "teacher_cache": "c", "frame_cache": "f", "output": None, "resume": None}
+         "teacher_cache": "c", "frame_cache": "f", "output": None, "resume": None,
+         "track": "trackio"}
 
 
 def test_every_flag_beside_resume_is_refused_or_harmless(world, tmp_path):
@@ -169,7 +172,8 @@ def test_a_flag_that_changes_nothing_is_refused():
         max_prompt frames max_pixels max_image_pixels temperature template loss_norm lr warmup_steps
         weight_decay max_grad_norm steps epochs batch_prompts updates_per_batch micro_tokens
         freeze_vision lora offload seed save_every keep_checkpoints resume attention dtype
-        cuda_graphs decoder decode_workers decode_seconds frame_cache frame_cache_gb""".split())
+        cuda_graphs decoder decode_workers decode_seconds frame_cache frame_cache_gb keep_rollouts
+        keep_rollouts_mb track plan""".split())
     for name in (f.name for f in fields(train.Config)):
         assert refused(name) == (set() if name in always else table[name]), name
     assert always | table.keys() == {f.name for f in fields(train.Config)}
@@ -177,9 +181,10 @@ def test_a_flag_that_changes_nothing_is_refused():
                           (dict(eval_data=""), "eval_every"), (dict(decode_workers=0),
                                                                "decode_seconds"),
                           (dict(train_on="original"), "score_under"),
+                          (dict(keep_rollouts=0), "keep_rollouts_mb"),
                           (dict(updates_per_batch=2), "clip_high"), (dict(lora=8), "lora_alpha"),
-                          (dict(lora=8), "merge"), (dict(lora=8), "freeze_vision"),
-                          (dict(lora=8), "offload"),
+                          (dict(ahead=1), "clip_high"), (dict(lora=8), "merge"),
+                          (dict(lora=8), "freeze_vision"), (dict(lora=8), "offload"),
                           (dict(teacher="anthropic", teacher_prompt="negative"), "teacher_rounds")):
         config = replace(train.Config(), model="m", eval_data="e")
         heeded = [methods.useful(c)[flag][0] for c in (config, replace(config, **changes))]
@@ -340,7 +345,7 @@ def test_a_stop_within_an_evaluation_is_heeded_and_made_up_for(world, tmp_path, 
     assert [row["step"] for row in runs.read_log(tmp_path / "run/eval.jsonl")] == [0]
     assert runs.newest_checkpoint(tmp_path / "run").name == "step-000001"
     assert train.train(replace(config, resume=True), device, torch.float32) == 0
-    for name in ("eval", "metrics", "patches"):
+    for name in ("eval", "eval_answers", "metrics", "patches", "rollouts"):
         found, wanted = (untimed(tmp_path / f"{run}/{name}.jsonl") for run in ("run", "straight"))
         assert found == wanted != [], name
 
@@ -422,7 +427,7 @@ def kill_in(folder, wanted, victim, process, rng, mark):
 def same_files(hurt, whole):
     """Assert that two runs of SMALL have left the same."""
     logs = {name: [untimed(folder / f"runs/ffr/{name}.jsonl") for folder in (hurt, whole)]
-            for name in ("metrics", "patches", "eval", "bad_samples")}
+            for name in ("metrics", "patches", "rollouts", "eval", "eval_answers", "bad_samples")}
     assert all(found == wanted for found, wanted in logs.values()), logs
     slots = [(row["step"], row["slot"]) for row in logs["patches"][0]]
     assert len(logs["metrics"][0]) == 4 and slots == sorted(slots, key=lambda pair: pair[0]) != []
@@ -430,6 +435,8 @@ def same_files(hurt, whole):
                  "checkpoints/step-000004/processor_config.json"):
         found, wanted = ((folder / "runs/ffr" / name).read_bytes() for folder in (hurt, whole))
         assert found == wanted, name
+    frames = [fingerprint(folder / "runs/ffr/thumbnails") for folder in (hurt, whole)]
+    assert frames[0] == frames[1] != {}
     worlds = [{path.relative_to(folder): path.read_bytes() for path in folder.rglob("*")
                if path.suffix in (".mp4", ".safetensors") or path.parent == folder and
                path.suffix == ".json"} for folder in (hurt / "runs/toy", whole / "runs/toy")]
@@ -504,7 +511,7 @@ def test_a_full_disk_is_a_sentence_and_costs_no_checkpoint(world, tmp_path):
         subprocess.run(["mount", "-o", f"remount,size={taken}k", small], check=True)
         output = finish(go_on(world, "--output", small / "run"), 1)
         assert "Traceback" not in output and re.search(
-            r"\ntrain.py: (patches|metrics)\.jsonl\S* could not be written to .*run \(No space "
+            r"\ntrain.py: \S+\.(jsonl|jpg)\S* could not be written to .*run\S* \(No space "
             r"left.*; 0\.0 GiB are free there; .*run is saved up to step-000001; to go on: python "
             r".*train\.py --resume --output .*run\n$", output), output
         assert runs.damage(left) == ""

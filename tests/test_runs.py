@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -105,6 +106,82 @@ def test_a_log_holds_objects(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n3\n{"step": 2}\n')
     with pytest.raises(ValueError, match="log.jsonl, line 2, is not an object"):
         runs.read_log(tmp_path / "log.jsonl")
+
+
+def keeping(folder, steps, begin=0):
+    """Keep fabricated rows of steps `begin` to `steps` of 100; return the run."""
+    run = SimpleNamespace(output=folder, step=begin, steps=100, kept=0, left_out=False,
+                          config=SimpleNamespace(keep_rollouts_mb=1))
+    runs.cut_logs(run)
+    for run.step in range(begin, steps):
+        rows = [{"step": run.step, "thumbnails": f"thumbnails/{(run.step + i) % 90}.jpg",
+                 "strip": bytes(5_000), "text": (20_000 + 997 * run.step % 5_000) * "a"}
+                for i in range(2)]
+        kept = runs.keep_rollouts(run, rows)
+        found = runs.read_log(folder / "rollouts.jsonl")
+        assert kept == (bool(found) and found[-1]["step"] == run.step)
+    return run
+
+
+@pytest.mark.quick
+def test_what_is_kept_has_a_bound_that_a_resume_does_not_move(tmp_path, capsys):
+    """Catches: a disk that fills up; a long run that keeps its beginning alone; other steps after a
+    resume, because of what the killed run had left.
+    """
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole = keeping(tmp_path / "whole", 100)
+    files = [path for path in (tmp_path / "whole").rglob("*") if path.is_file()]
+    assert 900_000 < sum(path.stat().st_size for path in files) == whole.kept <= 1_000_000
+    steps = sorted({row["step"] for row in runs.read_log(tmp_path / "whole/rollouts.jsonl")})
+    assert steps[0] == 0 and steps[-1] > 90 and max(b - a for a, b in zip(steps, steps[1:])) < 12
+    said = capsys.readouterr().out
+    assert said == ("\nrollouts.jsonl leaves out step 1 and others, for which its share of "
+                    "--keep_rollouts_mb 1 has no room\n")
+    keeping(tmp_path / "killed", 70)
+    (tmp_path / "killed/thumbnails/9.jpg.partial").touch()
+    keeping(tmp_path / "killed", 100, begin=35)
+    assert [{path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
+            for folder in [tmp_path / "killed"]] == [
+        {path.relative_to(tmp_path / "whole"): path.read_bytes() for path in files}]
+
+
+@pytest.mark.quick
+def test_the_summary_sets_kinds_apart(tmp_path):
+    """Catches: kinds mixed, of another evaluation, or of a run that kept no answers."""
+    evals = [{"step": step, "n": 4, "accuracy": 0.5, "accuracy_with_patches": None}
+             for step in (0, 3, 6)]
+    answers = [{"step": step, "kind": kind, "accuracy": accuracy} for step, kind, accuracy in (
+        (0, "OCR", 0.0), (0, "OCR", 0.5), (0, "numerical", 1.0), (3, "OCR", 1.0),
+        (6, "OCR", 0.5), (6, "OCR", 1.0), (6, "numerical", 0.0))]
+    line = "  by kind: OCR 25.0 to 75.0 %, numerical 100.0 to 0.0 %"
+    rows = [{"intervention_ratio": 0.5, "repair_rate": None}]
+    assert runs.summary(evals, rows, answers)[3] == line
+    one = [row for row in answers if row["kind"] == "OCR"]
+    for few in ([], one, answers[3:]):
+        assert runs.summary(evals, rows, few) == [
+            text for text in runs.summary(evals, rows, answers) if text != line]
+
+
+@pytest.mark.quick
+def test_trackio_is_called_as_it_is_meant(tmp_path, monkeypatch):
+    """Catches: texts and lists sent as figures, a run begun anew by --resume or joined unasked."""
+    called = []
+    module = SimpleNamespace(
+        init=lambda *names, **more: called.append((*names, more["resume"], more["config"])),
+        log=lambda figures, step: called.append((step, figures)), Markdown=str, Image=Path)
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    for resume in (False, True):
+        tracker = runs.Tracker("trackio", tmp_path / "ffr-1", 2, {"resume": resume})
+    tracker.send(3, {"step": 3, "kl": 0.5, "no": None, "who": "me", "a": {"b": {"c": 2}, "d": []}})
+    tracker.send(4, {"kl": 0}, "said", tmp_path / "a.jpg")
+    (project, name, first, _), (*names, second, flags), *sent = called
+    assert names == [project, name] and name.startswith("ffr-1-") and flags == {"resume": True}
+    assert (first, second) == ("never", "allow")
+    assert sent == [(3, {"kl": 0.5, "a/b/c": 2}),
+                    (4, {"kl": 0, "rollout": "said", "frames": tmp_path / "a.jpg"})]
+    other = runs.Tracker("trackio", tmp_path / "other/ffr-1", 2, {"resume": True})
+    assert other and called[-1][1] != name, "another folder's run"
 
 
 @dataclass(frozen=True)

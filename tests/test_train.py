@@ -1,19 +1,24 @@
 """train.py as people run it: real processes, real kills, real files; small numbers."""
 
+import io
 import json
 import os
+import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_video
 from filelock import FileLock
 from messages_server import MessagesServer
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -93,7 +98,7 @@ def test_two_processes_equal_one_and_need_not_fail_alike(world):
     (world / "half.json").write_text(json.dumps(rows))
     # a narrow nucleus has few borders at which rounding, other in another batch, could turn a draw
     flags = ("--data", "half.json", "--steps", 5, "--beta", 0.04, "--save_every", 100,
-             "--top_p", 0.6)
+             "--top_p", 0.6, "--eval_data", "heldout.json")
     finish(start(world, *flags, "--output", "one", "--batch_prompts", 4))
     finish(start(world, *flags, "--output", "two", "--batch_prompts", 2, processes=2))
     one, two = (runs.read_log(world / name / "metrics.jsonl") for name in ("one", "two"))
@@ -104,6 +109,17 @@ def test_two_processes_equal_one_and_need_not_fail_alike(world):
                      for row in runs.read_log(world / name / "patches.jsonl")
                      if row["step"] == 0] for name in ("one", "two"))
     assert ours == theirs != [], "in one order: by rank, prompt and slot"
+    ours, theirs = ([(row["step"], row["rank"], row["sample"])
+                     for row in runs.read_log(world / name / "rollouts.jsonl")]
+                    for name in ("one", "two"))
+    assert [(step, sample) for step, _, sample in ours] == [
+        (step, sample) for step, _, sample in theirs], "by step, rank and prompt"
+    assert [rank for _, rank, _ in theirs] == 5 * [0, 0, 1, 1]
+    asked = [row["problem_id"] for row in json.loads((world / "heldout.json").read_text())]
+    for name in ("one", "two"):
+        answers = runs.read_log(world / name / "eval_answers.jsonl")
+        assert [(row["step"], row["id"]) for row in answers] == [
+            (step, id) for step in (0, 5) for id in asked]
     (world / "pair.json").write_text(json.dumps([rows[0], rows[1]]))
     finish(start(world, *flags, "--output", "alone", "--data", "pair.json", "--batch_prompts", 1,
                  processes=2))
@@ -116,11 +132,12 @@ def test_a_run_killed_before_its_last_evaluation_still_makes_it(world, tmp_path)
     """Catches: a finished run whose summary prints an earlier evaluation as the last."""
     config = config_of(world, tmp_path / "run", eval_data=str(world / "heldout.json"))
     run(config)
-    evals = tmp_path / "run/eval.jsonl"
-    before = evals.read_text()
+    evals, answers = tmp_path / "run/eval.jsonl", tmp_path / "run/eval_answers.jsonl"
+    before, said = evals.read_text(), answers.read_text()
     evals.write_text(before.splitlines(True)[0])  # as if killed after the last checkpoint
     run(replace(config, resume=True))
     assert evals.read_text() == before
+    assert answers.read_text() == said, "what a kill has left of an evaluation is not doubled"
     assert [row["step"] for row in runs.read_log(evals)] == [0, 2]
 
 
@@ -143,7 +160,6 @@ def test_bad_files_cost_their_samples_only(world, tmp_path):
     make_video(tmp_path / "short.mp4", 3, (56, 56))
     (tmp_path / "cut.mp4").write_bytes(Path(good).read_bytes()[:300])
     (tmp_path / "empty.mp4").touch()
-    from PIL import Image
     Image.new("RGB", (60, 50), "red").save(tmp_path / "picture.png")
     kinds = {"good.mp4": ("multiple choice", "B", ["A. red", "B. blue"]),
              "short.mp4": ("numerical", "3", None),
@@ -250,11 +266,120 @@ def test_metrics_hold_every_promised_key(world, tmp_path):
         failed = round(row["intervention_ratio"] * 4)
         assert sum(row["error_types"].values()) == row["teacher"]["calls"] == failed
     files = {p.name for p in (tmp_path / "run").iterdir()}
-    assert files >= {"config.json", "metrics.jsonl", "eval.jsonl", "samples.md", "patches.jsonl",
-                     "checkpoints"}
+    assert files >= {"config.json", "metrics.jsonl", "eval.jsonl", "eval_answers.jsonl",
+                     "rollouts.jsonl", "samples.md", "patches.jsonl", "checkpoints"}
     evals = runs.read_log(tmp_path / "run/eval.jsonl")
     assert [row["step"] for row in evals] == [0, 2]
     assert all(0 <= row["accuracy_with_patches"] <= 1 for row in evals)
+    answers = runs.read_log(tmp_path / "run/eval_answers.jsonl")
+    for row in evals:
+        for name, total in {"accuracy": "accuracy",
+                            "patched_accuracy": "accuracy_with_patches"}.items():
+            found = [answer[name] for answer in answers if answer["step"] == row["step"]]
+            assert len(found) == row["n"] and statistics.mean(found) == pytest.approx(row[total])
+
+
+def test_what_is_kept_of_a_step_is_what_was_done(world, tmp_path, monkeypatch):
+    """Catches: a reward, ratio or entropy of another slot; parts that leave something out; frames
+    that the student did not see; a package for --track that every run needs.
+    """
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # an import of it would fail
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    config = config_of(world, tmp_path / "run", batch_prompts=3, alignment_weight=0.2, steps=2,
+                       updates_per_batch=2, rollouts=8, micro_tokens=600)
+    metrics, rows = run(config), runs.read_log(tmp_path / "run/rollouts.jsonl")
+    patches = iter(runs.read_log(tmp_path / "run/patches.jsonl"))
+    assert [row["step"] for row in rows] == [0, 0, 0, 1, 1, 1]
+    for step, figures in enumerate(metrics):
+        slots = [slot for row in rows[3 * step:3 * step + 3] for slot in row["slots"]]
+        trained = [slot[slot["trained"]] for slot in slots]
+        for name in ("accuracy", "format"):
+            assert statistics.mean(s["first"][name] for s in slots) == pytest.approx(figures[name])
+        assert statistics.mean(s["reward"] for s in slots) == pytest.approx(figures["reward"])
+        assert statistics.mean(t["tokens"] for t in trained) == figures["completion_length"]
+        nats = sum(t["tokens"] * s["entropy"] for s, t in zip(slots, trained))
+        assert nats / sum(t["tokens"] for t in trained) == pytest.approx(figures["entropy"])
+        assert all(abs(s["log_ratio"]) < 1e-5 for s in slots), "one policy sampled and scored"
+        assert len({s["entropy"] for s in slots}) > 12
+    for row in rows:
+        rewards = [slot["reward"] for slot in row["slots"]]
+        spread = statistics.stdev(rewards) + 1e-4
+        for slot in row["slots"]:
+            assert slot["advantage"] == pytest.approx(
+                (slot["reward"] - statistics.mean(rewards)) / spread, abs=1e-5)
+            assert sum(slot["parts"].values()) == pytest.approx(slot["reward"])
+            repaired, chosen = slot["repair"] is not None, slot["repair"] or slot["first"]
+            assert slot["trained"] == ("repair" if repaired else "first")
+            assert slot["parts"]["kappa"] == (-0.3 if repaired else 0)
+            assert (slot["parts"]["accuracy"], slot["parts"]["format"]) == (
+                chosen["accuracy"], chosen["format"])
+            assert repaired == (not slot["first"]["correct"])
+            if repaired:
+                asked = next(patches)
+                assert (asked["response"], asked["guidance"]) == (
+                    slot["first"]["text"], slot["patch"]["guidance"])
+                assert slot["diagnosis"] == {"status": "patched", "reason": ""}
+                assert slot["patch"]["guidance"] in slot["patch_text"]
+            answer = re.findall("<answer>([^<]+)", chosen["text"])
+            assert len(answer) != 1 or not chosen["format"] or chosen["answer"] == answer[0].strip()
+    assert any(slot["parts"]["alignment"] > 0 for row in rows for slot in row["slots"])
+    frames = {row["thumbnails"] for row in rows}
+    assert len(frames) == len({row["sample"] for row in rows}) == len(
+        list((tmp_path / "run/thumbnails").iterdir()))
+    row, F = rows[0], len(rows[0]["times"])
+    shown = data.Sample("x", "", (), "", "OCR", str(tmp_path / "run" / row["media"]), "video")
+    clip = train.ClipLoader(16, 56 * 56, 28, workers=0).get(shown)[0].clip
+    strip = Image.open(tmp_path / "run" / row["thumbnails"])
+    assert strip.size == (F * row["thumbnail_size"][0], row["thumbnail_size"][1]) == (896, 56)
+    seen = torch.cat(list(clip.frames), dim=2).permute(1, 2, 0).float()
+    assert (torch.from_numpy(np.array(strip)).float() - seen).abs().mean() < 4
+    assert row["times"] == list(clip.times)
+
+
+@pytest.mark.parametrize("every, steps", ((2, [0, 2]), (0, [])))
+def test_every_kth_step_is_kept(world, tmp_path, every, steps):
+    """Catches: an empty file, a folder or thumbnails of steps that are not to be kept."""
+    run(config_of(world, tmp_path / "run", steps=3, keep_rollouts=every, method="grpo"))
+    rows = runs.read_log(tmp_path / "run/rollouts.jsonl")
+    assert [row["step"] for row in rows] == steps
+    for name in ("rollouts.jsonl", "thumbnails", "samples.md"):
+        assert (tmp_path / "run" / name).exists() == bool(steps)
+    assert len(list((tmp_path / "run").glob("thumbnails/*"))) == len(steps)
+
+
+def test_a_tracker_that_is_missing_is_refused_at_once(tmp_path, monkeypatch, capsys):
+    """Catches: a traceback after the model has loaded; a folder made for a refused run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    for name in ("tensorboard", "trackio"):
+        with pytest.raises(SystemExit) as end:
+            train.main(["--track", name])
+        assert end.value.code == 2 and not any(tmp_path.iterdir())
+        assert capsys.readouterr().err == (f"train.py: --track {name}: the package is missing; pip "
+                                           f"install {name}\n")
+
+
+def test_tensorboard_has_a_resumed_run_once(world, tmp_path):
+    """Catches: figures under other steps, a second run after --resume, an evaluation purged."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = config_of(world, tmp_path / "run", eval_data=str(world / "heldout.json"), steps=3,
+                       eval_every=1, save_every=2, track="tensorboard", method="grpo")
+    rows, checkpoints = run(config), tmp_path / "run/checkpoints"
+    (checkpoints / "step-000003").rename(tmp_path / "gone")  # as if killed at the end
+    assert run(replace(config, resume=True))[1] == rows[1]
+    found = events.EventAccumulator(str(tmp_path / "run/tensorboard"), {"images": 0})
+    found.Reload()
+    for name, value in (("reward", lambda row: row["reward"]), ("teacher/calls", lambda row: 0),
+                        ("readers/pyav", lambda row: 1)):
+        scalars = {event.step: event.value for event in found.Scalars(name)}
+        assert scalars == pytest.approx({row["step"]: value(row) for row in rows})
+    evals = runs.read_log(tmp_path / "run/eval.jsonl")
+    assert [(event.step, event.value) for event in found.Scalars("eval/accuracy")] == [
+        (row["step"], pytest.approx(row["accuracy"])) for row in evals]
+    picture = Image.open(io.BytesIO(found.Images("frames")[0].encoded_image_string))
+    assert picture.size == (896, 56)
+    text = found.Tensors("rollout/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert (tmp_path / "run/samples.md").read_text().startswith(text)
 
 
 @pytest.mark.parametrize("changes", (
