@@ -664,9 +664,8 @@ def filler(run: Run) -> ffr.MicroBatch:
 def evaluate(run: Run) -> int:
     """Answer the held-out questions greedily: alone and, by --eval_patches, with patches as well.
 
-    Writes a line of eval.jsonl, and before it one a question of eval_answers.jsonl, in the order of
-    the data. A stop is heeded between two batches; then there is no line, and the signal's number
-    is returned, else 0.
+    A stop is heeded between two batches; then nothing is written, and the signal's number is
+    returned, else 0.
     """
     mine, greedy = run.eval_samples[rank()::world_size()], replace(run.sampling, temperature=0.0)
     answers, bad, diagnose = [], run.bad, run.diagnose if run.eval_patches else None
@@ -690,18 +689,28 @@ def evaluate(run: Run) -> int:
     run.bad = bad  # of training alone, so that a run which repeats no evaluation counts alike
     run.note_bad(unusable)
     if rank() == 0 and not any(stops):
-        order, n = {sample.id: i for i, sample in enumerate(run.eval_samples)}, sum(map(len, parts))
-        rows = sorted((row for part in parts for row in part), key=lambda row: order[row["id"]])
-        mean, with_patches = (sum(row[name] or 0 for row in rows) / max(n, 1)
-                              for name in ("accuracy", "patched_accuracy"))
-        total = {"step": run.step, "n": n, "undecodable": sum(undecodable), "accuracy": mean,
-                 "accuracy_with_patches": with_patches if diagnose else None,
-                 "teacher": {name: sum(t[name] for t in taught) for name in taught[0]}}
-        append(run.output / "eval_answers.jsonl", jsonl(*rows))
-        append(run.output / "eval.jsonl", total)
-        if run.tracker:
-            run.tracker.send(run.step, {"eval": total})
+        taught = {name: sum(t[name] for t in taught) for name in taught[0]}
+        write_answers(run, [row for part in parts for row in part], sum(undecodable), taught,
+                      bool(diagnose))
     return max(stops)
+
+
+def write_answers(run: Run, rows: list[dict], undecodable: int, teacher: dict,
+                  patches: bool) -> None:
+    """Write eval_answers.jsonl in the order of the data, then the line of eval.jsonl.
+
+    Without that line, which a kill may prevent, the answers are cut by --resume.
+    """
+    order, n = {sample.id: i for i, sample in enumerate(run.eval_samples)}, max(len(rows), 1)
+    rows = sorted(rows, key=lambda row: order[row["id"]])
+    total = {"step": run.step, "n": len(rows), "undecodable": undecodable,
+             "accuracy": sum(row["accuracy"] for row in rows) / n, "accuracy_with_patches":
+             sum(row["patched_accuracy"] for row in rows) / n if patches else None,
+             "teacher": teacher}
+    append(run.output / "eval_answers.jsonl", jsonl(*rows))
+    append(run.output / "eval.jsonl", total)
+    if run.tracker:
+        run.tracker.send(run.step, {"eval": total})
 
 
 def answer_row(run: Run, group: ffr.Group, patches: bool) -> dict:
