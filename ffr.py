@@ -201,7 +201,8 @@ def reason(student: Any, cache: Any, groups: list[Group], write: Callable, score
         slot.alignment = align(slot.repair.text, slot.patch)
 
 
-def scored(student, sample, suffix, completion, score, sampling):
+def scored(student: Any, sample: Any, suffix: Any, completion: Any, score: Callable,
+           sampling: Sampling) -> Rollout:
     """Verify a completion, R(τ) = 1 (Eq. 3): exact kinds pass at 1, graded ones at the mark."""
     text = student.text(completion.ids)
     accuracy, form, exact = score(sample, text)

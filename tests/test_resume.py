@@ -161,7 +161,7 @@ def test_a_flag_that_changes_nothing_is_refused():
            "teacher_url teacher_model teacher_cache teacher_price teacher_budget teacher_timeout "
            "teacher_step_timeout".split()},
         **{name: all_but("ffr ffr_visd") for name in
-           "kappa alignment_weight train_on score_under".split()},
+           "kappa alignment_weight train_on score_under ahead".split()},
         **{name: all_but(comparing) for name in
            "rollouts top_p select no_std dynamic_sampling beta".split()},
         **{name: all_but("") for name in ("clip_low", "clip_high", "ratio", "lora_alpha",
