@@ -137,6 +137,7 @@ class Config:
     # the run
     keep_rollouts: int = flag(1, "every K-th step's rollouts go to rollouts.jsonl; 0: none")
     keep_rollouts_mb: int = flag(200, "most megabytes of them, shared out over the run's steps")
+    no_report: bool = flag(False, "write no page to look at (docs/report.md)")
     track: str = flag("none", "send figures and rollouts to a tracker as well",
                       ("none", "tensorboard", "trackio"))
     save_every: int = flag(100, "steps between checkpoints")
@@ -165,7 +166,8 @@ TOY_WORLD = dict(data=f"{TOY_FOLDER}/train.json", eval_data=f"{TOY_FOLDER}/heldo
 TOY_SEEN = dict(max_completion=48, frames=16, max_pixels=56 * 56)
 TOY_WARMING = dict(model=f"{TOY_FOLDER}/model", data=f"{TOY_FOLDER}/warm.json",
                    output=str(TOY_WARM), method="sft", steps=60, batch_prompts=24, lr=1e-3,
-                   warmup_steps=5, max_grad_norm=1.0, save_every=10**6, keep_rollouts=0, **TOY_SEEN)
+                   warmup_steps=5, max_grad_norm=1.0, save_every=10**6, keep_rollouts=0,
+                   no_report=True, **TOY_SEEN)
 TOY = dict(steps=60, batch_prompts=8, lr=4e-4, beta=0.0, save_every=20, **TOY_SEEN)
 FIRST_STEPS = 3  # after which is said what has gone wrong in all of them
 PREFIX_BYTES = 2**30  # pixels of processed prompts kept in memory
@@ -892,6 +894,8 @@ def to_the_end(run: Run) -> int:
                 warn(rows)
             if stopped or run.step == run.steps or run.step % config.save_every == 0:
                 save(run)
+                if not stopped and run.step < run.steps:
+                    write_page(run)
             if stopped:
                 break
         require(stopped or any(everyone(run.decoded_any)), "not one file of the run could be read: "
@@ -904,8 +908,19 @@ def to_the_end(run: Run) -> int:
         run.stopper.close()
         if run.teacher:
             run.teacher.close()
+    write_page(run)
     say(conclusion(run, stopped))
     return stopped
+
+
+def write_page(run: Run) -> None:
+    """Write the page of the run as far as it is; a run goes on also where that cannot be."""
+    if rank() == 0 and not run.config.no_report:
+        from lab import report  # and with it the benchmarks, for nothing else
+        try:
+            report.write([run.output])
+        except (ValueError, OSError) as error:
+            say(f"\nno page: {error}")
 
 
 def evaluate_if_due(run: Run) -> int:
@@ -945,6 +960,8 @@ def conclusion(run: Run, stopped: int) -> str:
                      + str(run.output / "bad_samples.jsonl"))
     if stopped:
         return "\n".join([*lines, f"stopped after step {run.step}", goes_on(run.output)])
+    if (page := run.output / "report.html").exists():
+        lines.append(f"to look at: {page}")
     newest = newest_checkpoint(run.output)
     return "\n".join([*lines, f"finished: {run.output}; to use it: --model {newest}"])
 
@@ -983,7 +1000,7 @@ FREE = {"output", "resume", "model", "data", "eval_data", "video_root", "templat
         "teacher_cache", "teacher_price", "teacher_budget", "teacher_timeout",
         "teacher_step_timeout", "save_every", "keep_checkpoints", "eval_every", "decode_workers",
         "decode_seconds", "frame_cache", "frame_cache_gb", "keep_rollouts", "keep_rollouts_mb",
-        "track"}
+        "no_report", "track"}
 
 
 def last_output(method: str) -> str:

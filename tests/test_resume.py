@@ -173,7 +173,7 @@ def test_a_flag_that_changes_nothing_is_refused():
         weight_decay max_grad_norm steps epochs batch_prompts updates_per_batch micro_tokens
         freeze_vision lora offload seed save_every keep_checkpoints resume attention dtype
         cuda_graphs decoder decode_workers decode_seconds frame_cache frame_cache_gb keep_rollouts
-        keep_rollouts_mb track plan""".split())
+        keep_rollouts_mb no_report track plan""".split())
     for name in (f.name for f in fields(train.Config)):
         assert refused(name) == (set() if name in always else table[name]), name
     assert always | table.keys() == {f.name for f in fields(train.Config)}

@@ -657,3 +657,21 @@ def test_a_run_that_samples_ahead_goes_on_exactly(world, tmp_path, monkeypatch, 
     last = [(tmp_path / name / "checkpoints/step-000006/model.safetensors").read_bytes()
             for name in ("straight", "killed")]
     assert last[0] == last[1]
+
+
+def test_a_run_leaves_its_page(world, tmp_path, monkeypatch, capsys):
+    """Catches: no page, or one of no steps; a page that ends a run; --no_report that is ignored."""
+    from lab import report
+    run(config_of(world, tmp_path / "run", steps=1))
+    assert f"to look at: {tmp_path / 'run/report.html'}" in capsys.readouterr().out
+    assert "</html>" in (tmp_path / "run/report.html").read_text()
+
+    def full(*_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(report, "write", full)
+    run(config_of(world, tmp_path / "full", steps=1))
+    assert "no page: the disk is full" in (said := capsys.readouterr().out)
+    assert "finished: " in said and "to look at" not in said
+    monkeypatch.setattr(report, "write", lambda *_: pytest.fail("no page was wanted"))
+    run(config_of(world, tmp_path / "none", steps=1, no_report=True))
