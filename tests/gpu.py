@@ -4,15 +4,15 @@
     python tests/gpu.py --out FOLDER --only right,decode
     python tests/gpu.py --out FOLDER --dry              every section on the CPU, at toy sizes
 
-Every section is a process of its own with a time limit (460 s in all); what it finds it writes at
+Every section is a process of its own with a time limit (480 s in all); what it finds it writes at
 once, so that a cut run still leaves what was found. FOLDER/gpu.json holds the card, driver,
 versions and commit and every finding, FOLDER/gpu.md the same as tables for docs/performance.md.
 Exit code 1 if anything was wrong or broke.
 
 It runs on a bare machine with Python 3.12, torch 2.11, torchvision, transformers 5.17 and numpy.
-Two groups of sections need more, and where it is missing they say so and are left out: `toy` and
-`evaluate`, which run train.py and evaluate.py on videos, av, jiwer, rapidfuzz, nltk, tqdm and
-pytest; `trl` trl, accelerate and psutil. As wheels all of these are 42 MB, 36 of them av:
+Two groups of sections need more, and where it is missing they say so and are left out: `toy`,
+`plan` and `evaluate`, which run train.py and evaluate.py on videos, av, jiwer, rapidfuzz, nltk,
+tqdm and pytest; `trl` trl, accelerate and psutil. As wheels all of these are 42 MB, 36 of them av:
 
     pip download -d WHEELS --no-deps --only-binary=:all: --python-version 3.12
         --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 av==18.1.0 jiwer==4.0.0
@@ -667,10 +667,45 @@ def difference(models: SimpleNamespace, prefix: tiny.Segment, header: tiny.Segme
     return (ours - found.flatten()).abs().mean().item()
 
 
+def random_checkpoint(folder: Path, device: torch.device, name: str) -> None:
+    """Save random weights in a shape of tests/bench.py, with the toy's processor."""
+    import toy
+    toy.save_student(folder, 0, pretrained=False)
+    config, small = bench.make_config(name), json.loads((folder / "config.json").read_text())
+    for key in ("image", "video", "vision_start", "vision_end"):
+        setattr(config, f"{key}_token_id", small[f"{key}_token_id"])
+    with torch.device(device):
+        made = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    made.save_pretrained(folder)
+
+
+def plan(note: Findings, device: torch.device, dry: bool) -> None:
+    """Hold what train.py --plan predicts of a 3B's step against what it then takes, by phase."""
+    import toy
+    folder = note.path.parent / "plan"
+    shutil.rmtree(folder, ignore_errors=True)
+    toy.make(folder, train=10, heldout=5, warm=10, pretrained=False)
+    random_checkpoint(folder / "student", device, "cpu" if dry else "3b")
+    sizes = ["--rollouts", "2", "--max_completion", "8"] if dry else ["--cuda_graphs"]
+    ran = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--plan", "--model", "student", "--data",
+         "train.json", "--video_root", "videos", "--steps", "100", *sizes], cwd=folder,
+        capture_output=True, text=True)
+    note("train.py --plan ends", ran.returncode, ran.returncode == 0,
+         output=(ran.stdout + ran.stderr)[-4000:])
+    for line in ran.stdout.split("\n"):
+        cells = line[22:44].split()  # predicted and measured, GiB
+        if line.startswith(("rollouts", "reference", "update")) and len(cells) == 2:
+            expected, found = map(float, cells)
+            near = abs(expected / found - 1) < 0.15 if line.startswith("update") else None
+            note(f"GiB of {line.split()[0]}: predicted, measured", [expected, found], near)
+        elif line.startswith("the step took"):
+            note("the largest step", line)
+
+
 def evaluation(note: Findings, device: torch.device, dry: bool) -> None:
     """Time evaluate.py on a miniature VSI-Bench; tell how much of it is spent reading videos."""
     import miniature
-    import toy
     import video
     folder = note.path.parent / "evaluation"
     shutil.rmtree(folder, ignore_errors=True)
@@ -678,14 +713,7 @@ def evaluation(note: Findings, device: torch.device, dry: bool) -> None:
     film.parent.mkdir(parents=True, exist_ok=True)
     bench.write_film(film, "libx264", *(64, 64, 48) if dry else (640, 480, 1800))  # a minute
     miniature.vsibench(folder, film)
-    toy.save_student(folder / "student", 0, pretrained=False)
-    config = bench.make_config("cpu" if dry else "3b")  # the toy's processor on these shapes
-    for key in ("image", "video", "vision_start", "vision_end"):
-        small = json.loads((folder / "student/config.json").read_text())
-        setattr(config, f"{key}_token_id", small[f"{key}_token_id"])
-    with torch.device(device):
-        made = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-    made.save_pretrained(folder / "student")
+    random_checkpoint(folder / "student", device, "cpu" if dry else "3b")
     frames, begin = 4 if dry else 16, time.time()
     ran = subprocess.run(
         [sys.executable, str(ROOT / "evaluate.py"), "--benchmark", "vsibench", "--data",
@@ -712,11 +740,11 @@ def evaluation(note: Findings, device: torch.device, dry: bool) -> None:
 
 SECTIONS = {  # what to run, seconds it may take on a card, and the modules that it needs
     "kernels": (kernels, 25, []), "trap": (trap, 15, []), "tokens": (tokens, 40, []),
-    "toy": (toy_run, 100, READING), "decode": (decode, 60, []), "update": (update, 30, []),
-    "lora": (lora, 20, []), "steps": (steps, 90, []), "trl": (against_trl, 60, TRL),
-    "evaluate": (evaluation, 40, READING)}
+    "toy": (toy_run, 90, READING), "decode": (decode, 50, []), "update": (update, 30, []),
+    "lora": (lora, 15, []), "steps": (steps, 80, []), "trl": (against_trl, 50, TRL),
+    "plan": (plan, 45, READING), "evaluate": (evaluation, 40, READING)}
 GROUPS = {"right": ("kernels", "trap", "tokens", "toy"),
-          "fast": ("decode", "update", "lora", "steps", "trl", "evaluate")}
+          "fast": ("decode", "update", "lora", "steps", "trl", "plan", "evaluate")}
 
 
 def card() -> list[str]:

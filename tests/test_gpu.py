@@ -17,7 +17,7 @@ def test_every_section_goes_through_on_the_cpu(tmp_path):
     logs = "\n".join(path.read_text() for path in tmp_path.glob("*.log"))
     assert ran.returncode == 0, ran.stdout + logs[-5000:]
     found = json.loads((tmp_path / "gpu.json").read_text())
-    assert len(found["sections"]) == 10 and found["about"]["commit"]
+    assert len(found["sections"]) == 11 and found["about"]["commit"]
     ran = {name for name, how in found["sections"].items() if not how.startswith("left out")}
     kept = {row["section"] for row in found["findings"]}
     assert kept == ran >= set(found["sections"]) - {"trl"}, "every section must leave findings"
