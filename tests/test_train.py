@@ -446,6 +446,23 @@ def test_adapters_on_two_processes_equal_one(world, tmp_path):
     assert untimed(tmp_path / "killed/visd/metrics.jsonl") == two
 
 
+@pytest.mark.slow
+def test_tries_found_ahead_on_two_processes_survive_a_kill(world, tmp_path):
+    """Catches: one rank's tries restored on another; a rank that waits for one that samples."""
+    def config(name, **changes):
+        return config_of(world, tmp_path / name, steps=6, save_every=3, ahead=2, lr=1e-3, **changes)
+
+    assert launch([config("whole")], 2) == [0, 0]
+    assert launch([config("killed")], 2, kill_after=4) == [-signal.SIGKILL] * 2
+    assert launch([config("killed", resume=True)], 2) == [0, 0]
+    for log in ("metrics", "patches"):
+        whole, killed = (untimed(tmp_path / name / f"{log}.jsonl") for name in ("whole", "killed"))
+        assert whole == killed != [], log
+    whole, killed = ((tmp_path / name / "checkpoints/step-000006/model.safetensors").read_bytes()
+                     for name in ("whole", "killed"))
+    assert whole == killed
+
+
 def test_micro_batches_do_not_change_the_step(world, tmp_path):
     """Catches: a gradient that depends on how a step is cut into forwards."""
     changes = dict(steps=1, batch_prompts=2)
