@@ -980,7 +980,7 @@ def shard(student: Student, device: torch.device, dtype: torch.dtype, master: bo
     place, inner = fsdp.CPUOffloadPolicy() if offload else fsdp.OffloadPolicy(), student.model.model
     for unit in [*inner.visual.blocks, *inner.language_model.layers, student]:
         fsdp.fully_shard(cast(unit, dtype, master), mesh=mesh, mp_policy=precision,
-                         offload_policy=place)
+                         reshard_after_forward=True, offload_policy=place)  # the root as well
     for name in ("prefill", "sample"):
         fsdp.register_fsdp_forward_method(student, name)
     return student

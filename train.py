@@ -846,9 +846,15 @@ def told(row: dict, slot: dict) -> str:
 
 def plan(config: Config, device: torch.device, dtype: torch.dtype) -> int:
     """Print what a run needs (lab/plan.py), and leave nothing behind."""
-    with TemporaryDirectory() as folder:
-        config = replace(config, output=folder, frame_cache=folder, decode_workers=0)
-        say(planned(lambda *place: Run(config, *place), update, device, dtype))
+    def make(*place):
+        run = Run(config, *place)
+        run.stopper.close()  # a plan stops at once
+        return run
+
+    with TemporaryDirectory() as folder:  # sampling ahead takes no more memory or time
+        config = replace(config, output=folder, frame_cache=folder, decode_workers=0, ahead=0,
+                         track="none")
+        say(planned(make, update, device, dtype))
     return 0
 
 

@@ -13,10 +13,11 @@ while `Live` adds up the tensors that are alive; what FSDP shards and gathers is
 
 import ctypes
 import math
+import os
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,9 +33,9 @@ from torch.utils._pytree import tree_iter, tree_map
 
 import ffr
 from guard import money, prices
-from model import Features, Tree, recompute_blocks
+from model import Tree, recompute_blocks
 from patch import MAX_GUIDANCE, MAX_REGIONS, Patch
-from runs import Phases, world_size
+from runs import Phases, everyone, world_size
 from video import Clip, still
 
 GIB = 2**30
@@ -42,8 +43,9 @@ M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 EVAL_PROMPTS = 32  # prompts decoded together in an evaluation
 CARDS = 1, 2, 4, 8  # numbers of GPUs that the table is for
 DRAWING = 7  # fp32 tensors as large as the logits that drawing a token makes
-PHASES = "rollouts", "reference", "update", "evaluation"
-OF_PHASE = {"prefill": "rollouts", "decode": "rollouts", "repair": "rollouts", "train": "update"}
+PHASES = "reference", "rollouts", "evaluation", "update"
+OF_PHASE = {"reference": "reference", "prefill": "rollouts", "decode": "rollouts",
+            "repair": "rollouts", "shuffled": "rollouts", "weigh": "update", "train": "update"}
 # tokens of a diagnosis, roughly: instructions, tools and question; what a tool shows; an answer
 PROMPT_TOKENS, LOOK_TOKENS, ANSWER_TOKENS = 2500, 1500, 300
 
@@ -52,7 +54,7 @@ PROMPT_TOKENS, LOOK_TOKENS, ANSWER_TOKENS = 2500, 1500, 300
 # The step at the largest sizes
 
 
-def longest(run: Any) -> Any:
+def longest(run: Any, samples: list) -> Any:
     """Return the sample with the longest prompt, its clip as large as the flags allow, black.
 
     Prompts are compared by the letters of their text, media by the most tokens they may take.
@@ -63,21 +65,21 @@ def longest(run: Any) -> Any:
     def letters(sample):
         return len(sample.question) + sum(map(len, sample.options))
 
-    kinds = {sample.media_type for sample in run.samples}
-    found = [max((s for s in run.samples if s.media_type == kind), key=letters) for kind in kinds]
+    kinds = {sample.media_type for sample in samples}
+    found = [max((s for s in samples if s.media_type == kind), key=letters) for kind in kinds]
     sample = max(found, key=lambda s: prompts.prompt_bound(s, *limits))
-    side = prompts.factor
     if sample.media_type != "video":
-        return replace(sample, clip=still(black(1, config.max_image_pixels, side)))
+        return replace(sample, clip=still(black(1, config.max_image_pixels, prompts.factor)))
     times = tuple(1000.5 + i for i in range(config.frames))
-    return replace(sample, clip=Clip(black(config.frames, config.max_pixels, side), times,
+    return replace(sample, clip=Clip(black(config.frames, config.max_pixels, prompts.factor), times,
                                      tuple(range(config.frames)), 1.0, times[-1] + 1, 10**4))
 
 
 def black(frames: int, pixels: int, factor: int) -> Tensor:
-    """Return frames [F, 3, h, w] of the most tokens in so many pixels, as near a square as can."""
-    tokens = pixels // factor**2
-    rows = max(a for a in range(1, math.isqrt(tokens) + 1) if tokens % a == 0)
+    """Return frames [F, 3, h, w] of the most tokens in so many pixels, at most some 1 : 10."""
+    tokens = max(1, pixels // factor**2)
+    side = math.isqrt(tokens)
+    rows = max(range(side // 3 + 1, side + 1), key=lambda a: (tokens // a * a, a))
     return torch.zeros(frames, 3, rows * factor, tokens // rows * factor, dtype=torch.uint8)
 
 
@@ -103,8 +105,8 @@ class Teacher:
         return largest_patch(sample)
 
     def ask(self, task: str, sample: Any, response: str = "") -> Future:
-        """Return a full trace; nothing for the tasks that judge."""
-        return done(full_text(self.run) if task == "trace" else None)
+        """Return a full text; nothing in place of a score."""
+        return done(None if task == "judge" else full_text(self.run))
 
 
 def done(value: Any) -> Future:
@@ -115,11 +117,9 @@ def done(value: Any) -> Future:
 
 
 def full_text(run: Any) -> str:
-    """Return a text of about as many tokens as a completion may have."""
-    limit, n = run.config.max_completion, run.config.max_completion
-    while n > 1 and (size := len(run.prompts.completion(" a" * n))) > limit:
-        n -= max(1, min(n - 1, size - limit))
-    return " a" * n
+    """Return a text of about as many tokens, with EOS, as a completion may have."""
+    n = run.config.max_completion
+    return " a" * (n * n // len(run.prompts.completion(" a" * n)))
 
 
 def at_the_largest(run: Any) -> list[ffr.Group]:
@@ -128,21 +128,23 @@ def at_the_largest(run: Any) -> list[ffr.Group]:
     First tries fail where they are repaired; half of them keep the format, so that no group is flat
     and none is left out of the loss.
     """
-    sample, tries = longest(run), [0]
+    sample, tries = longest(run, run.samples), [0]
     sample = replace(sample, process=max((s.process for s in run.samples), key=len))
-    right = float(not run.method.repairs)
+    prefix, right = run.prompts.prefix(sample), float(not run.method.repairs)
 
     def score(sample, text):
         tries[0] += 1
         return right, float(tries[0] % 2), True
 
+    def groups(count):
+        return [ffr.Group(sample, prefix, place=f"#{b}") for b in range(count)]
+
     run.teacher, run.score = Teacher(run), score
     run.diagnose = run.teacher.submit if run.method.repairs else None
     run.student.text = lambda ids_C: "a"
-    groups = [ffr.Group(sample, run.prompts.prefix(sample), place=f"#{b}")
-              for b in range(run.config.batch_prompts)]
-    run.fetch = run.groups = lambda _: [replace(group, slots=[]) for group in groups]
-    return groups
+    run.fetch = lambda step: groups(run.config.batch_prompts)
+    run.groups = lambda samples: groups(len(samples))
+    return run.fetch(0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -172,127 +174,118 @@ def fused(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **_:
 
 
 class Live(TorchDispatchMode):
-    """Adds up the bytes of the meta tensors that are alive: `now`, and at most `top`.
+    """Adds up the bytes of the tensors that are alive: `now`, and at most `top`.
 
-    What a run computes on the CPU meanwhile, such as a tower's window indices, stays real.
-    standing: what has been there before, and is not counted. visual: how many tokens a mask of
-    visual tokens selects, which meta tensors cannot tell.
+    Those on the meta device, and those with values (ids, pixels, masks) from where they meet one.
+    What is computed of these alone stays real. standing: what is there anyhow, and not counted.
     """
 
-    def __init__(self, standing: nn.Module, visual: int):
+    def __init__(self, standing: nn.Module):
         super().__init__()
         self.now = self.top = 0
-        self.visual, self.sizes = visual, weakref.WeakKeyDictionary()
-        for weight in [*standing.parameters(), *standing.buffers()]:
-            self.sizes[weight.untyped_storage()] = 0
+        self.seen = weakref.WeakSet(
+            x.untyped_storage() for x in [*standing.parameters(), *standing.buffers()])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
+        kwargs = kwargs or {}
         if any(isinstance(x, Tensor) and x.is_meta for x in tree_iter((args, kwargs))):
-            args, kwargs = tree_map(_on_meta, (args, kwargs))
+            self._count((args, kwargs), meta=False)
             if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default):
-                args = args[0], [i for x in args[1] for i in self._numbers(x)], *args[2:]
-        out = func(*args, **kwargs or {})
-        for x in tree_iter(out):
-            if isinstance(x, Tensor) and x.is_meta and x.untyped_storage() not in self.sizes:
-                storage = x.untyped_storage()
-                self.sizes[storage] = size = storage.nbytes()
-                weakref.finalize(storage, self._drop, size)
-                self.now += size
-                self.top = max(self.top, self.now)
+                args = args[0], [i for x in args[1] for i in _numbers(x)], *args[2:]
+            args, kwargs = tree_map(_on_meta, (args, kwargs))
+        elif kwargs.get("device") == torch.device("meta"):
+            kwargs = kwargs | {"device": torch.device("cpu")}
+        out = func(*args, **kwargs)
+        self._count(out, meta=True)
         return out
+
+    def _count(self, tree, meta):
+        tensors = [x for x in tree_iter(tree) if isinstance(x, Tensor) and x.is_meta == meta]
+        for storage in (x.untyped_storage() for x in tensors):
+            if storage not in self.seen:
+                self.seen.add(storage)
+                weakref.finalize(storage, self._drop, storage.nbytes())
+                self.now += storage.nbytes()
+                self.top = max(self.top, self.now)
 
     def _drop(self, size):
         self.now -= size
 
-    def _numbers(self, x):
-        """Return an index as it is, a mask as the numbers of what it selects."""
-        if x is None or x.dtype != torch.bool:
-            return [x]
-        return [torch.empty(self.visual, dtype=torch.long, device="meta") for _ in range(x.ndim)]
+
+def _numbers(index):
+    """Return an index as it is, a mask as the numbers of what it selects."""
+    masks = index is not None and index.dtype == torch.bool
+    return index.nonzero(as_tuple=True) if masks else [index]
 
 
 def _on_meta(x):
     return x.to("meta") if isinstance(x, Tensor) and not x.is_meta else x
 
 
-def features(student: Any, segments: list) -> Features | None:
-    """Return Student.features on the meta device; the sizes of images stay real."""
-    pixels = [s.pixels for s in segments if s.pixels is not None]
-    if not pixels:
-        return None
-    tower = student.model.model.visual
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not student.freeze_vision):
-        pixels = torch.cat(pixels).to("meta", tower.patch_embed.proj.weight.dtype)
-        out = tower(pixels, grid_thw=torch.cat([s.grids for s in segments]), return_dict=True)
-    return Features(out.pooler_output, list(getattr(out, "deepstack_features", None) or []))
-
-
-def tokens_shown(segments: list, merge: int) -> int:
-    """Return how many visual tokens the segments hold."""
-    return sum(int(s.grids.prod(dim=1).sum()) for s in segments) // merge**2
-
-
-def activations(run: Any, groups: list[ffr.Group], cards: bool) -> dict[str, float]:
+def activations(run: Any, groups: list[ffr.Group], sharded: bool, packs: bool) -> dict[str, float]:
     """Return what each phase adds to what always stands, in bytes at its peak, without FSDP's part.
 
-    run: on the meta device. cards: gradients are sharded as they come, blocks computed anew.
+    run: on the meta device. sharded: gradients leave as they come. packs: see `rolling`.
     """
-    student, config, merge = run.student, run.config, run.prompts.merge
-    student.features = lambda segments: features(student, segments)
-    suffix = run.write(groups[0].sample, largest_patch(groups[0].sample)) \
-        if run.method.repairs else run.prompts.header
-    trace = torch.zeros(config.max_completion, dtype=torch.long)
-    slots = [ffr.Slot(ffr.Rollout(trace, trace.float(), suffix, "", 0.0, 0.0, False, True))
-             for _ in range(config.rollouts if run.method.compares else 1)]
-    for group in groups:
-        group.slots = [replace(slot, trained=slot.first) for slot in slots]
+    student, config = run.student, run.config
+    student.banned = torch.zeros(0, dtype=torch.long)  # where it is, ids and pixels are: see Live
+    sample, suffix = groups[0].sample, run.prompts.header
+    if run.method.repairs:
+        suffix = run.write(sample, largest_patch(sample))
+    if run.method.compares:
+        ids = torch.zeros(config.max_completion, dtype=torch.long)
+        tried = ffr.Rollout(ids, ids.float(), suffix, "", 0.0, 0.0, False, True)
+        for group in groups:
+            group.slots = [ffr.Slot(tried, trained=tried)] * config.rollouts
+    else:
+        groups = run.method.fill(run, 0, Phases(run.device))
     batches = ffr.micro_batches(groups, config.micro_tokens, lambda rollout: 1.0)
     batch = max(batches, key=lambda b: sum(map(len, b.completions)) + sum(
         len(s.ids) for s in [*b.prefixes, *b.suffixes]))
     rows = batch.prefixes, batch.suffixes, batch.owners, batch.completions
-    shown = tokens_shown([*batch.prefixes, *batch.suffixes], merge)
     with patch.object(F, "scaled_dot_product_attention", fused):
-        found = {"reference": scoring(student, rows, shown)} if run.reference else {}
+        found = {"update": updating(student, rows, sharded, len(batches) > 1)}
+        if run.reference:
+            with Live(student) as live, torch.no_grad():
+                student(*rows)
+            found["reference"] = live.top
         if run.method.compares:
-            found["rollouts"] = rolling(run, groups, config.rollouts, suffix)
+            prefixes = [group.prefix for group in groups]
+            found["rollouts"] = rolling(run, prefixes, config.rollouts, suffix, packs)
         if run.eval_samples:
-            questions = math.ceil(len(run.eval_samples) / world_size())
-            some = groups[:1] * min(questions, EVAL_PROMPTS)
-            found["evaluation"] = rolling(run, some, 1, suffix)
-        found["update"] = updating(student, rows, shown, cards, len(batches) > 1)
+            prefix = run.prompts.prefix(longest(run, run.eval_samples))
+            questions = min(EVAL_PROMPTS, math.ceil(len(run.eval_samples) / world_size()))
+            found["evaluation"] = rolling(run, [prefix] * questions, 1, suffix, packs)
     return found
 
 
-@torch.no_grad()
-def scoring(student: Any, rows: tuple, shown: int) -> float:
-    """Return the peak of a forward without gradients."""
-    with Live(student, shown) as live:
-        student(*rows)
-    return live.top
+def updating(student: Any, rows: tuple, sharded: bool, again: bool) -> float:
+    """Return the peak of forward and backward, the gradients aside that stand at its end.
 
-
-def updating(student: Any, rows: tuple, shown: int, cards: bool, again: bool) -> float:
-    """Return the peak of forward and backward; of the second one where gradients stay `again`."""
+    again: of one more while the gradients of the first stay, which sharded ones do elsewhere.
+    """
+    trained = [p for p in student.parameters() if p.requires_grad]
     hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-             for p in student.parameters() if p.requires_grad and cards]
-    with Live(student, shown) as live:
-        for _ in range(1 + again * (not cards)):
-            student(*rows)[0].sum().backward()
+             for p in trained if sharded]
+    with Live(student) as live:
+        for _ in range(1 if sharded else 1 + again):
+            student(*rows, entropy=True)[0].sum().backward()
     for hook in hooks:
         hook.remove()
     student.zero_grad()
-    return live.top
+    return live.top - (0 if sharded else 4 * count(trained))
 
 
 @torch.no_grad()
-def rolling(run: Any, groups: list[ffr.Group], rows: int, suffix: Any) -> float:
-    """Return the peak of prefill and of decoding so many rows of each group."""
-    student, merge = run.student, run.prompts.merge
-    prefixes, suffixes = [group.prefix for group in groups], [suffix] * rows * len(groups)
-    owners = [b for b in range(len(groups)) for _ in range(rows)]
-    with Live(student, tokens_shown(prefixes, merge)) as live:
+def rolling(run: Any, prefixes: list, rows: int, suffix: Any, packs: bool) -> float:
+    """Return the peak of prefill and of decoding so many rows of each prefix, as Student.sample.
+
+    packs: the layers stand once more, laid out for few rows (model.packed).
+    """
+    student, owners = run.student, [b for b in range(len(prefixes)) for _ in range(rows)]
+    suffixes = [suffix] * len(owners)
+    with Live(student) as live:
         cache = student.prefill(prefixes)
-        live.visual = tokens_shown(suffixes, merge)
         ids_T, positions_3T, _ = student.pack(suffixes, [cache.next_position[b] for b in owners])
         tree = Tree(cache.lengths, [len(s.ids) for s in suffixes], owners, student.device, cache,
                     [])
@@ -300,7 +293,10 @@ def rolling(run: Any, groups: list[ffr.Group], rows: int, suffix: Any) -> float:
         (N, K, S, E), size = tree.store[0][0].shape, tree.store[0][0].element_size()
         own = 2 * len(tree.store) * N * K * (S + run.config.max_completion) * E * size
         logits = DRAWING * 4 * N * student.model.config.text_config.vocab_size
-        return max(live.top, live.now + own + logits)
+        layers = [*student.model.model.language_model.layers.parameters(),
+                  student.model.lm_head.weight]
+        packed = packs * size * count(p for p in layers if p.ndim > 1)
+        return max(live.top, live.now + own + logits) + packed
 
 
 def count(weights: Iterable[nn.Parameter], trained: bool = False) -> int:
@@ -344,24 +340,20 @@ def gathered(run: Any, size: int) -> dict[str, float]:
             "update": some + (size + 4) * (root_trained + block_trained)}
 
 
-def predicted(run: Any, peaks: dict[str, float], processes: int, on_cpu: bool) -> dict[str, float]:
+def predicted(run: Any, peaks: dict[str, float], processes: int,
+              sharded: bool) -> dict[str, float]:
     """Return the bytes of one process: what stands, and each phase at its peak with all of it.
 
-    run: on the meta device, in the compute type; peaks: of `activations`. on_cpu: one process
-    without FSDP, whose gradients are in the peaks, and which repacks its layers to decode. With
-    --offload nothing stands on a card.
+    run: on the meta device, in the compute type; peaks: of `activations`. Gradients are there in
+    the update alone. With --offload what stands does so in the host's memory, and is in no phase.
     """
-    size, student = run.student.model.lm_head.weight.element_size(), run.student
+    size = run.student.model.lm_head.weight.element_size()
     found, more = standing(run, processes, size), gathered(run, size)
-    always = 0 if run.config.offload else sum(found.values()) - on_cpu * found["gradients"]
-    for phase, peak in peaks.items():
-        found[phase] = always + peak
-        if processes > 1 or not (on_cpu or student.adapted):
-            found[phase] += more[phase]
-        elif on_cpu and phase in ("rollouts", "evaluation"):
-            layers = [*student.model.model.language_model.layers.parameters(),
-                      student.model.lm_head.weight]
-            found[phase] += size * count(p for p in layers if p.ndim > 1)
+    alone = 0 if run.config.offload else 1
+    always = alone * (sum(found.values()) - found["gradients"])
+    for phase in (phase for phase in PHASES if phase in peaks):
+        found[phase] = always + peaks[phase] + sharded * more[phase]
+    found["update"] += alone * found["gradients"]
     return found
 
 
@@ -426,47 +418,59 @@ def step(run: Any, update: Callable, base: int) -> Scale:
     return phases
 
 
+def taken(make: Callable, update: Callable, device: torch.device, dtype: torch.dtype,
+          most: float) -> tuple[dict, dict, str]:
+    """Take the step, unless `most` bytes do not fit; return its seconds, its memory, a sentence.
+
+    All processes take it or none; on a CPU those of one machine share its memory.
+    """
+    room, on_cpu = free(device), device.type == "cpu"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if on_cpu else 1
+    if not all(everyone(here * most < 0.95 * room)):
+        return {}, {}, ("no step was taken: it would not fit into the "
+                        f"{room / GIB:.1f} GiB that are free")
+    base = used(device)
+    try:
+        with redirect_stdout(None):  # what it says of the data has been said
+            run = make(device, dtype)
+    except ValueError as error:  # a folder without weights can be planned for
+        return {}, {}, f"no step was taken: {error}"
+    phases, measured = step(run, update, base), {}
+    for name, top in phases.most.items():
+        if phase := OF_PHASE.get(name):
+            measured[phase] = max(measured.get(phase, 0), top)
+    return phases.all(), measured, (f"of {room / GIB:.1f} GiB free here, the step took at most "
+                                    f"{max(phases.most.values()) / GIB:.2f}")
+
+
 # ---------------------------------------------------------------------------------------------
 # What it prints
+
 
 def planned(make: Callable, update: Callable, device: torch.device, dtype: torch.dtype) -> str:
     """Return the plan of a run as text. make(device, dtype) -> its Run; update: train.py's."""
     if device.type == "cpu":  # blocks of their own: what is freed is gone, as CUDA counts
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
-    meta, measured = torch.device("meta"), {}
-    on_cpu = device.type == "cpu" and not dist.is_initialized()
-    blank = make(meta, dtype)
+    run = make(torch.device("meta"), dtype)
+    adapted, groups = bool(run.student.adapted), at_the_largest(run)
+    sharded = dist.is_initialized() and (world_size() > 1 or not adapted)  # as in Student.load
     if device.type == "cuda":
-        recompute_blocks(blank.student.model)
-    groups = at_the_largest(blank)
-    here = predicted(blank, activations(blank, groups, not on_cpu), world_size(), on_cpu)
-    seconds, why, room = None, "", free(device)
-    if max(here.values()) < 0.95 * room:
-        base = used(device)
-        try:
-            run = make(device, dtype)
-            phases = step(run, update, base)
-            seconds = phases.all()
-            for phase, most in phases.most.items():
-                name = OF_PHASE.get(phase, phase)
-                measured[name] = max(measured.get(name, 0), most)
-        except ValueError as error:  # a folder without weights can be planned for
-            why = f"no step was taken: {error}"
-    else:
-        why = f"no step was taken: it would not fit into the {room / GIB:.1f} GiB that are free"
-    cards = make(meta, torch.bfloat16)
-    recompute_blocks(cards.student.model)
-    peaks = activations(cards, at_the_largest(cards), True)
-    columns = {"predicted": here, "measured": measured} | {
-        f"{n} GPU{'s' * (n > 1)}": predicted(cards, peaks, n, False) for n in CARDS}
-    longest = len(groups[0].prefix.ids)
+        recompute_blocks(run.student.model)
+    packs = device.type == "cpu" and dtype == torch.float32
+    here = predicted(run, activations(run, groups, sharded, packs), world_size(), sharded)
+    recompute_blocks(run.student.model)
+    run.student.to(torch.bfloat16)
+    peaks = activations(run, run.fetch(0), True, False)
+    cards = {f"{n} GPU{'s' * (n > 1)}": predicted(run, peaks, n, n > 1 or not adapted)
+             for n in CARDS}
+    seconds, measured, sentence = taken(make, update, device, dtype, max(here.values()))
     return "\n".join([
-        f"one step at the largest sizes: prompts of {longest} tokens, "
-        f"{len(groups)} for each of {world_size()} processes", *memory(columns),
+        f"one step at the largest sizes: prompts of {len(groups[0].prefix.ids)} tokens, "
+        f"{len(groups)} for each of {world_size()} processes",
+        *memory({"predicted": here, "measured": measured} | cards),
         "GPUs: bfloat16, blocks computed anew in the backward, CUDA's and NCCL's own GiB aside",
-        *([why] if why else [f"of {room / GIB:.1f} GiB free here, the step took at most "
-                             f"{max(measured.values()) / GIB:.2f}"]),
-        *time_and_cost(blank, seconds, dtype.itemsize)])
+        *["weights, gradients and AdamW: in the host's memory"] * run.config.offload,
+        sentence, *time_and_cost(run, groups[0].sample, seconds, dtype)])
 
 
 def memory(columns: dict[str, dict]) -> list[str]:
@@ -474,14 +478,14 @@ def memory(columns: dict[str, dict]) -> list[str]:
     names = dict.fromkeys(name for column in columns.values() for name in column)
     lines = ["GiB of one process".ljust(22) + "".join(f"{title:>11}" for title in columns)]
     for name in names:
-        cells = (f"{column[name] / GIB:.2f}" if name in column else "" for column in
-                 columns.values())
-        label = name if name in PHASES else f"  {name}"
-        lines.append(label.ljust(22) + "".join(f"{cell:>11}" for cell in cells))
+        cells = (f"{column[name] / GIB:.2f}" if name in column else ""
+                 for column in columns.values())
+        lines.append((name if name in PHASES else f"  {name}").ljust(22)
+                     + "".join(f"{cell:>11}" for cell in cells))
     return lines
 
 
-def time_and_cost(run: Any, seconds: dict | None, size: int) -> list[str]:
+def time_and_cost(run: Any, sample: Any, seconds: dict, dtype: torch.dtype) -> list[str]:
     """Return seconds, disk and what is asked of the teacher, for the whole run, as lines."""
     config, lines = run.config, []
     if seconds:
@@ -490,30 +494,44 @@ def time_and_cost(run: Any, seconds: dict | None, size: int) -> list[str]:
         hours = run.steps * seconds["step"] / 3600
         lines.append(f"the step took {seconds['step']:.1f} s ({parts}), reading files and the "
                      f"teacher aside; {run.steps} such steps: {hours:.2f} h")
-    stands = standing(run, 1, size)
-    state = 12 * count(run.student.parameters(), True) + stands.get("copy of the method", 0)
-    shown = count(run.student.parameters(), bool(config.lora) and not config.merge)
-    each = state + shown * (4 if config.lora and not config.merge else size)
-    lines.append(f"a checkpoint takes {each / 1e9:.2f} GB on disk; {config.keep_checkpoints} are "
-                 "kept, and one more while it is written")
-    if run.method.repairs and run.method.compares:
-        tries = run.steps * world_size() * config.batch_prompts * config.rollouts
-        lines.append(f"at most {tries} diagnoses (every first try failing)"
-                     + requests(config, tries) * (config.teacher == "anthropic"))
-    return lines
+    adapters = config.lora and not config.merge  # in fp32, whatever is computed in
+    trained, shown = (count(run.student.parameters(), only) for only in (True, adapters))
+    size = 12 * trained + shown * (4 if adapters else dtype.itemsize)
+    size += standing(run, 1, 4).get("copy of the method", 0)
+    lines.append(f"a checkpoint of a run in {str(dtype).removeprefix('torch.')} takes "
+                 f"{size / 1e9:.2f} GB on disk; {config.keep_checkpoints} are kept, and one more "
+                 "while it is written")
+    return lines + asked(run, sample)
 
 
-def requests(config: Any, diagnoses: int) -> str:
-    """Return the most requests of so many diagnoses, and about what they cost, as text.
+def asked(run: Any, sample: Any) -> list[str]:
+    """Return a line on the most that the teacher is asked for in training; none without a teacher.
+
+    It is asked once for a prompt, or for each first try, of which --dynamic_sampling makes more.
+    """
+    config, method = run.config, run.method
+    if not method.asks:
+        return []
+    tries = config.rollouts if method.compares and config.method != "luffy" else 1
+    n = run.steps * world_size() * config.batch_prompts * tries * (1 + config.dynamic_sampling)
+    what = "diagnoses (every first try failing)" if method.repairs and method.compares else \
+        "answers of the teacher"
+    return [f"at most {n} {what}" + requests(run, sample, n) * (config.teacher == "anthropic")]
+
+
+def requests(run: Any, sample: Any, n: int) -> str:
+    """Return the most requests of so many answers, and about what they cost, as text.
 
     The frames are in the first request, later ones read them from the server's prompt cache at a
     tenth of the price; an image is about a token for 750 pixels.
     """
-    rounds = config.teacher_rounds if "tools" in config.teacher_prompt.split(",") else 1
-    text = f", up to {rounds * diagnoses} requests, more where patches are refused"
+    config = run.config
+    tools = run.method.repairs and "tools" in config.teacher_prompt.split(",")
+    rounds = config.teacher_rounds if tools else 1
+    text = f", up to {rounds * n} requests"
+    text += ", more where patches are refused or tested" * run.method.repairs
     if config.teacher_price:
-        first = PROMPT_TOKENS + config.frames * config.max_pixels / 750
+        first = PROMPT_TOKENS + sample.clip.frames[:, 0].numel() / 750
         usage = [(rounds - 1) * LOOK_TOKENS, first, (rounds - 1) * first, rounds * ANSWER_TOKENS]
-        each = money(usage, prices(config.teacher_price, "--teacher_price"))
-        text += f"; about {diagnoses * each:.0f} dollars"
+        text += f"; about {n * money(usage, prices(config.teacher_price)):.0f} dollars"
     return text
