@@ -16,11 +16,9 @@ import math
 import os
 import weakref
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -36,6 +34,7 @@ from guard import money, prices
 from model import Tree, recompute_blocks
 from patch import MAX_GUIDANCE, MAX_REGIONS, Patch
 from runs import Phases, everyone, world_size
+from teacher import Diagnosis, Teacher
 from video import Clip, still
 
 GIB = 2**30
@@ -90,36 +89,21 @@ def largest_patch(sample: Any) -> Patch:
                  (0, len(sample.clip.frames) - 1), (0.0, 9999.9), (), (box,) * MAX_REGIONS)
 
 
-class Teacher:
-    """Answers at once: every failed try gets the largest patch, every trace is full."""
+class Largest(Teacher):
+    """Answers at once: every failed try gets the largest patch, every text is full."""
 
     def __init__(self, run: Any):
-        self.run = run
+        super().__init__()
+        n = run.config.max_completion  # tokens, EOS among them
+        self.text = " a" * (n * n // len(run.prompts.completion(" a" * n)))
 
-    def submit(self, sample: Any, text: str) -> Future:
-        """Return a diagnosis that is there already."""
-        return done(SimpleNamespace(patch=self.diagnose(sample, text)))
-
-    def diagnose(self, sample: Any, text: str) -> Patch:
+    def diagnose_full(self, sample: Any, response: str) -> Diagnosis:
         """Return the largest patch."""
-        return largest_patch(sample)
+        return Diagnosis(largest_patch(sample), "patched")
 
-    def ask(self, task: str, sample: Any, response: str = "") -> Future:
+    def tell(self, task: str, sample: Any, response: str) -> str | None:
         """Return a full text; nothing in place of a score."""
-        return done(None if task == "judge" else full_text(self.run))
-
-
-def done(value: Any) -> Future:
-    """Return a future that has its result."""
-    future = Future()
-    future.set_result(value)
-    return future
-
-
-def full_text(run: Any) -> str:
-    """Return a text of about as many tokens, with EOS, as a completion may have."""
-    n = run.config.max_completion
-    return " a" * (n * n // len(run.prompts.completion(" a" * n)))
+        return None if task == "judge" else self.text
 
 
 def at_the_largest(run: Any) -> list[ffr.Group]:
@@ -139,7 +123,7 @@ def at_the_largest(run: Any) -> list[ffr.Group]:
     def groups(count):
         return [ffr.Group(sample, prefix, place=f"#{b}") for b in range(count)]
 
-    run.teacher, run.score = Teacher(run), score
+    run.teacher, run.score = Largest(run), score
     run.diagnose = run.teacher.submit if run.method.repairs else None
     run.student.text = lambda ids_C: "a"
     run.fetch = lambda step: groups(run.config.batch_prompts)
@@ -362,7 +346,7 @@ def predicted(run: Any, peaks: dict[str, float], processes: int,
 
 
 class Scale(Phases):
-    """Phases that keep the most memory of each as well, in bytes above `base`."""
+    """Phases that also keep the most memory of each of PHASES, in bytes above `base`."""
 
     def __init__(self, device: torch.device, base: int):
         super().__init__(device)
@@ -374,8 +358,9 @@ class Scale(Phases):
         used(self.device)
         with super().__call__(name):
             yield
-        top = used(self.device, peak=True) - self.base
-        self.most[name] = max(self.most.get(name, 0), top)
+        phase, top = OF_PHASE.get(name), used(self.device, peak=True) - self.base
+        if phase:
+            self.most[phase] = max(self.most.get(phase, 0), top)
 
 
 def used(device: torch.device, peak: bool = False) -> int:
@@ -435,12 +420,9 @@ def taken(make: Callable, update: Callable, device: torch.device, dtype: torch.d
             run = make(device, dtype)
     except ValueError as error:  # a folder without weights can be planned for
         return {}, {}, f"no step was taken: {error}"
-    phases, measured = step(run, update, base), {}
-    for name, top in phases.most.items():
-        if phase := OF_PHASE.get(name):
-            measured[phase] = max(measured.get(phase, 0), top)
-    return phases.all(), measured, (f"of {room / GIB:.1f} GiB free here, the step took at most "
-                                    f"{max(phases.most.values()) / GIB:.2f}")
+    phases = step(run, update, base)
+    return phases.all(), phases.most, (f"of {room / GIB:.1f} GiB free here, the step took at most "
+                                       f"{max(phases.most.values()) / GIB:.2f}")
 
 
 # ---------------------------------------------------------------------------------------------

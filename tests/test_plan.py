@@ -27,6 +27,7 @@ def student_folder(folder, name, weights=True):
     config = bench.make_config(name)
     if config.model_type == "qwen3_vl":
         make_processor(folder, "qwen3_vl")
+        config.vision_config.patch_size = 16  # the processor's
     vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
     config.image_token_id, config.video_token_id = (vocabulary[f"<|{kind}_pad|>"]
                                                     for kind in ("image", "video"))
@@ -70,6 +71,8 @@ def test_every_method_has_a_plan(tmp_path, monkeypatch, capsys, method):
     """Catches: a method that asks for what the plan has no stand-in for; a plan that writes."""
     toy.make(tmp_path, train=10, heldout=5, warm=10, pretrained=False)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "find_spec", bool)
+    monkeypatch.setattr(train, "Tracker", None)
     compares, teacher = METHODS[method].compares, METHODS[method].asks
     flags = ["--rollouts", 2, "--dynamic_sampling", 1] * compares
     flags += ["--ahead", 1] * (METHODS[method].repairs and compares)
