@@ -607,6 +607,7 @@ class Tracker:
             self.to.add_image("frames", np.array(Image.open(image)), step, dataformats="HWC")
         self.to.flush()
 
+
 def flat(figures: dict) -> dict[str, float]:
     """Return the numbers in nested objects by their path, A/B; the step number is none."""
     numbers = {}

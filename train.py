@@ -171,8 +171,9 @@ TOY_WARMING = dict(model=f"{TOY_FOLDER}/model", data=f"{TOY_FOLDER}/warm.json",
 TOY = dict(steps=60, batch_prompts=8, lr=4e-4, beta=0.0, save_every=20, **TOY_SEEN)
 FIRST_STEPS = 3  # after which is said what has gone wrong in all of them
 PREFIX_BYTES = 2**30  # pixels of processed prompts kept in memory
-LESS_MEMORY = ("--micro_tokens (down to one prompt and rollout), --freeze_vision, --lora, --offload, "
-               "more processes, --batch_prompts, --max_completion, --frames, --max_pixels")
+LESS_MEMORY = ("--micro_tokens (down to one prompt and rollout), --freeze_vision, --lora, "
+               "--offload, more processes, --batch_prompts, --max_completion, --frames, "
+               "--max_pixels")
 
 
 def check(config: Config) -> None:
