@@ -9,9 +9,9 @@
 benchmarks/questions.py has the questions and the two conventions by which they are scored,
 `official` and `family`; benchmarks/results.py computes and prints. A run leaves config.json,
 questions.jsonl, answers.jsonl (answers-0.jsonl, ... of several processes), a line a question, and
-patched.jsonl and verdicts.jsonl where asked for; every figure is computed from these alone. A
-question whose file is missing or cannot be decoded is wrong, and is counted. Sampling depends on
-nothing but seed and question id, so not on the number of processes.
+patched.jsonl and verdicts.jsonl where asked for; every figure is computed from these alone.
+frames.jsonl and thumbnails/ have what was shown, for lab/report.py. A question whose file is
+missing or cannot be decoded is wrong, and is counted. Sampling depends on seed and question id.
 """
 
 import json
@@ -40,6 +40,7 @@ from runs import (BROKEN, Folder, append, asked_with, check_model, everyone, fla
                   parse, rank, read_folders, read_json, read_rows, require,
                   require_files, require_positive, start_processes, typed, wording, world_size,
                   write_whole)
+from runs import digest as named
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ PATCHING = {"with_patches", "evidence", "teacher_model"}
 NAMING = ("max_pixels", "temperature", "top_p", "max_completion", "template", "subtitles", "uncut",
           "blind", "direct", "frames_order", "frames_shown")
 LOOKING = ("max_pixels", "uncut", "frames_order", "frames_shown")  # no matter to a blind run
+STRIPS_MB = 50  # at most about so many of thumbnails a run
 DIRECT = ("{question}\n\nGive the answer alone, without reasoning, between <answer> and </answer>. "
           "{answer_format}")
 
@@ -243,22 +245,62 @@ def _start_run(config, questions):
     write_whole(folder / "questions.jsonl", "".join(written))
 
 
+def own_file(config: Config, name: str) -> Path:
+    """Return the file that this process appends its rows to, less a line that a kill has torn."""
+    part = f"-{os.environ['RANK']}" if "RANK" in os.environ else ""
+    path = Path(config.output) / f"{name}{part}.jsonl"
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    return path
+
+
+class Frames:
+    """What questions are shown with: a line each in frames.jsonl, each strip once in thumbnails/.
+
+    Processes that meet write equal bytes. The room is shared out over this process's n questions.
+    """
+
+    def __init__(self, config, n):
+        self.path, self.n, self.met, self.kept = own_file(config, "frames"), n, 0, 0
+        there = sum(path.stat().st_size for path in self.path.parent.glob("thumbnails/*.jpg"))
+        self.room, self.said = (1e6 * STRIPS_MB - there) / world_size(), rank() > 0
+
+    def keep(self, q: Question, clip: Any) -> None:
+        """Write down what a question is shown with, if there is room for its strip."""
+        from video import strip, strip_size
+        name = named(clip.frames.numpy().tobytes(), clip.frames.shape, clip.times)
+        path, self.met = self.path.parent / f"thumbnails/{name}.jpg", self.met + 1
+        if not path.exists():
+            if self.kept > self.room * self.met / self.n:
+                if not self.said:
+                    print(f"\n{STRIPS_MB} MB are too few for all thumbnails", file=sys.stderr)
+                self.said = True
+                return
+            path.parent.mkdir(exist_ok=True)
+            write_whole(own := path.with_suffix(f".{rank()}"), data := strip(clip.frames))
+            own.replace(path)
+            self.kept += len(data)
+        append(self.path, {"id": q.id, "times": clip.times, "thumbnails": f"thumbnails/{name}.jpg",
+                           "thumbnail_size": strip_size(clip.frames)})
+
+
 class Lines:
     """The file that a process appends its rows to, and the bar with the accuracy of its answers."""
 
-    def __init__(self, config, name, mine, known):
-        part = f"-{os.environ['RANK']}" if "RANK" in os.environ else ""
-        self.path = path = Path(config.output) / f"{name}{part}.jsonl"
-        if path.exists():  # a line that a kill has torn is not to be continued
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    def __init__(self, config, name, mine, known, frames=None):
+        self.path, self.frames = own_file(config, name), frames
         self.benchmark, self.known, self.values = config.benchmark, known, []
         self.bar = tqdm(total=len(mine), desc=f"{config.benchmark} {name}", disable=rank() != 0)
         for q in mine:
             if q.id in known and not known[q.id].get("error"):
                 self._show(q, known[q.id]["text"])
 
-    def __call__(self, q: Question, text: str = "", **facts: Any) -> None:
-        """Write a question's row, unless it stands there, and show it in the bar."""
+    def __call__(self, q: Question, text: str = "", sample: Any = None, **facts: Any) -> None:
+        """Write a question's row, unless it stands there, and what it was shown with (sample)."""
+        if sample and sample.clip:
+            self.frames.keep(q, sample.clip)
+        if sample:
+            facts["reader"] = sample.clip.reader if sample.clip else ""
         row = {"id": q.id, "text": text, **facts}
         if self.known.get(q.id) != row:
             append(self.path, row)
@@ -321,11 +363,6 @@ def decoded(config: Config, loader: Any, questions: list[Question], batch: int,
             yield ready
 
 
-def reader(sample: Any) -> str:
-    """Return what read a sample's file, "" for a question without its video."""
-    return sample.clip.reader if sample.clip else ""
-
-
 def controlled(config: Config, sample: Any) -> Any:
     """Return a sample with its frames as --frames_order and --frames_shown want them."""
     if config.frames_order == "shuffled":
@@ -372,8 +409,8 @@ class Asked:
             for (q, sample), group in zip(part, groups):
                 first, *others = (slot.first for slot in group.slots)
                 right = [passed("own", q, one.text) for one in (first, *others) if others]
-                write(q, first.text, tokens=len(first.ids_C), finished=first.finished,
-                      reader=reader(sample), **{"right": sum(right)} if others else {})
+                write(q, first.text, sample, tokens=len(first.ids_C), finished=first.finished,
+                      **{"right": sum(right)} if others else {})
 
     def repair(self, guide: Any, questions: list[Question], answers: dict, write: Callable) -> None:
         """Answer each again with the teacher's (guide's) patch to its answer; an upper bound."""
@@ -496,7 +533,7 @@ def answer_by_api(config: Config, questions: list[Question], write: Callable) ->
                 if text is None:
                     failures.append(more)
                 else:
-                    write(q, text, tokens=more, reader=reader(sample))
+                    write(q, text, sample, tokens=more)
     return failures
 
 
@@ -572,13 +609,13 @@ def ask_the_rest(config: Config, questions: list[Question], known: dict, absent:
                  device: Any, dtype: Any) -> None:
     """Ask this process's share of the questions that have no answer; absent: without a video."""
     mine = questions[rank()::world_size()]
-    write = Lines(config, "answers", mine, known)
-    for q in mine:
-        if q.id in absent and q.id not in known:
-            write(q, error=f"missing: {q.media}")
     left = {q.id for q in questions if q.id not in absent
             and (q.id not in known or known[q.id].get("error"))}
     todo = [q for q in mine if q.id in left]
+    write = Lines(config, "answers", mine, known, Frames(config, len(todo)))
+    for q in mine:
+        if q.id in absent and q.id not in known:
+            write(q, error=f"missing: {q.media}")
     if is_api(config):
         report_failures("answer", answer_by_api(config, todo, write))
     elif left or config.with_patches:  # alike on every process: they share out the weights

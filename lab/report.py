@@ -7,7 +7,7 @@ that opens anywhere: no network, no server, nothing loaded from elsewhere. Sever
 each other; those that differ in the seed alone are pooled.
 
 lab/report.html is template, style and script. It is given facts and tables, and as JSON what the
-script draws: curves, groups of rollouts, held-out questions, and each sample's thumbnails once.
+script draws: curves, groups of rollouts, held-out questions, and each strip of thumbnails once.
 """
 
 import base64
@@ -29,7 +29,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from benchmarks.questions import CONVENTIONS, TITLES, score, tally, value
-from benchmarks.results import Run, column, overall, paper_line, passes, read_run, texts_of
+from benchmarks.results import Run, column, merged, overall, paper_line, passes, read_run, texts_of
 from reward import EXACT_KINDS, parse_answer
 from runs import (flag, one_sentence, parse, read_json, read_log, require, require_positive,
                   write_whole)
@@ -240,8 +240,8 @@ def pooled(runs: list[dict]) -> list[dict]:
 def answered(runs: list[Run]) -> dict:
     """Return what the page shows of one benchmark's runs: figures by category, every question.
 
-    A cell: marks (right by the official rule, by the family's), the answer, the text. What became
-    of a question goes by the first of the two that scores it.
+    A cell: marks (right by the official rule, by the family's), the answer, the text, and which of
+    `frames` it was given to. What became of a question goes by the first mark that scores it.
     """
     figures = [score(run.config.benchmark, run.questions, texts_of(run), c, run.verdicts)
                for run in runs for c in CONVENTIONS]
@@ -249,9 +249,13 @@ def answered(runs: list[Run]) -> dict:
     found = {q.id: {"id": q.id, "question": q.text, "gold": q.answer, "options": q.options,
                     "groups": q.groups or [q.kind], "cells": [None] * len(runs)}
              for run in runs for q in run.questions}
+    frames = {}  # by name: those of several questions or runs are there once
     for k, run in enumerate(runs):
+        kept = merged(run.folder, "frames")
+        frames |= {name: row | {"strip": str(run.folder / name)}
+                   for row in kept.values() for name in [row["thumbnails"]]}
         for q in (q for q in run.questions if q.id in run.answers):
-            found[q.id]["cells"][k] = judged(run, q)
+            found[q.id]["cells"][k] = judged(run, q, kept.get(q.id, {}).get("thumbnails"))
     for entry in found.values():
         marks = [one["marks"] for one in entry["cells"] if one]
         entry["fate"] = fate(next((m for m in pair if m is not None), None) for pair in marks)
@@ -260,7 +264,7 @@ def answered(runs: list[Run]) -> dict:
     return {"title": title, "runs": [headlines(run, runs) for run in runs],
             "paper": paper_line(column(runs[0])), "columns": places,
             "categories": {name: [side.get(name) for side in figures] for name in names},
-            "drawn": {"title": title, "columns": places, "pair": CONVENTIONS,
+            "drawn": {"title": title, "columns": places, "pair": CONVENTIONS, "frames": frames,
                       "questions": list(found.values())}}
 
 
@@ -276,16 +280,17 @@ def headlines(run: Run, runs: list[Run]) -> dict:
         rows["blind: the same without the videos"] = [overall(blind, c) for c in CONVENTIONS]
     if run.patched:
         rows["with patches, an upper bound"] = [overall(run, c, True) for c in CONVENTIONS]
-    counts = {name: n for name, n in tally(run.questions, run.answers).items() if n}
+    counts = tally(run.questions, run.answers) | {"with frames": len(merged(run.folder, "frames"))}
+    counts = {name: n for name, n in counts.items() if n}
     return {"folder": run.folder, "seed": run.config.seed, "rows": rows, "counts": counts}
 
 
-def judged(run: Run, q: Any) -> dict:
+def judged(run: Run, q: Any, frames: str | None) -> dict:
     """Return a question's answer as a cell, with whether it is right by each convention."""
     said = run.answers[q.id]
     found = [value(run.config.benchmark, q, said["text"], c, run.verdicts) for c in CONVENTIONS]
     return {"marks": [None if x is None else bool(passes(q, x)) for x in found], "value": found[0],
-            "answer": parse_answer(said["text"]), "other": None,
+            "answer": parse_answer(said["text"]), "other": None, "frames": frames,
             "text": said["text"] or said.get("error", "")}
 
 
@@ -401,10 +406,9 @@ def thumbnails(groups: list[dict], room: int) -> tuple[dict[str, str], list[str]
         data = smaller(*strip, level)
         if size(data) <= room:
             shown[name], room = base64.b64encode(data).decode(), room - size(data)
-    torn = sum(name is None for name in names.values()) - 1
+    left, torn = len(strips) - len(shown), sum(name is None for name in names.values()) - 1
     said = [f"frames are shown at most {level[0]} pixels high"] if level else []
-    said += [f"{len(strips) - len(shown)} samples are shown without their frames"
-             ] * (len(shown) < len(strips))
+    said += [f"{left} strips of frames have no room"] * bool(left)
     return shown, said + [f"{torn} strips of frames are missing or damaged"] * bool(torn)
 
 
@@ -437,12 +441,14 @@ def write(folders: Sequence[Path | str], output: Path | str = "", max_mb: float 
     output = Path(output or (base if len(folders) == 1 else base.parent) / "report.html")
     page, drawn = gather(folders, room)
     shell = len(template().render(page, max_mb=max_mb).encode("utf-8", "backslashreplace")) + 500
-    paths = {group["strip"] for run in drawn["runs"] for group in run["groups"]} - {None}
+    asked = [one for table in drawn["evaluations"] for one in table["frames"].values()]
+    groups = asked + [group for run in drawn["runs"] for group in run["groups"]]
+    paths = {group["strip"] for group in groups} - {None}
     strips = {path.name: path.stat().st_size for path in map(Path, paths) if path.is_file()}
     said = shorten(drawn, size, int(max(0.5 * room, room - 1.4 * sum(strips.values()))))
     least = size()
     require(least <= room, f"--max_mb {max_mb:g}: without rollouts the page has {least / 1e6:.2g}")
-    groups = [group for run in drawn["runs"] for group in run["groups"]]
+    groups = asked + [group for run in drawn["runs"] for group in run["groups"]]
     shown, more = thumbnails(groups, room - least)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, template().render(page, max_mb=max_mb, said=said + more,

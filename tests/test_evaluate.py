@@ -1,5 +1,7 @@
 """evaluate.py and its tables as people run them: processes, kills and files; a tiny student."""
 
+import base64
+import io
 import json
 import os
 import re
@@ -18,6 +20,7 @@ import students
 import torch
 from conftest import make_video, sample
 from messages_server import Fault, MessagesServer
+from PIL import Image
 from transformers import AutoTokenizer
 
 import data
@@ -110,7 +113,8 @@ def test_all_eight_run_and_fill_the_table(world, plain):
 
 def test_two_processes_come_to_the_same_table(world, plain, tmp_path):
     """Catches: questions asked twice or never when processes share them, answers that depend on the
-    batch or on how many processes there are, a process without questions that the others wait for.
+    batch or on how many processes there are, a process without questions that the others wait for,
+    strips that are half written, or left over, where processes meet.
     """
     # one after another, as starting two processes takes longer than all of them
     (tmp_path / "all.py").write_text(
@@ -125,12 +129,16 @@ def test_two_processes_come_to_the_same_table(world, plain, tmp_path):
         lines = [row for part in parts for row in read_log(tmp_path / "two" / benchmark / part)]
         assert parts == {"answers-0.jsonl", "answers-1.jsonl"}
         assert len(lines) == len(rows(plain / benchmark))
-        assert rows(tmp_path / "two" / benchmark) == rows(plain / benchmark)
+        for name in ("answers", "frames"):
+            assert rows(tmp_path / "two" / benchmark, name) == rows(plain / benchmark, name)
+        strips = [{path.name: path.read_bytes() for path in (folder / benchmark).glob("thumb*/*")}
+                  for folder in (tmp_path / "two", plain)]
+        assert strips[0] == strips[1] and all(name.endswith(".jpg") for name in strips[0])
     assert results.table([str(tmp_path / "two")]) == results.table([str(plain)])
 
 
 def test_a_killed_run_resumes_to_the_same_table(world, plain, tmp_path):
-    """Catches: answers lost or asked twice by --resume, a torn line continued or counted."""
+    """Catches: answers or frames lost or asked twice by --resume, a torn line that is continued."""
     folder = tmp_path / "run"
     (tmp_path / "still.py").write_text(  # it stands still before its third question
         f"import sys, threading; sys.path.insert(0, {str(ROOT)!r}); import evaluate, video\n"
@@ -147,11 +155,13 @@ def test_a_killed_run_resumes_to_the_same_table(world, plain, tmp_path):
     process.send_signal(signal.SIGKILL)
     finish(process, -signal.SIGKILL)
     assert rows(folder).keys() == {"vidA/1", "vidA/2"}
-    with open(folder / "answers.jsonl", "a") as file:
-        file.write('{"id": "vidB/1", "te')
+    for name, torn in (("answers", '{"id": "vidB/1", "te'), ("frames", '{"id": "vidB')):
+        with open(folder / f"{name}.jsonl", "a") as file:
+            file.write(torn)
     assert rows(folder).keys() == {"vidA/1", "vidA/2"}
     evaluate.evaluate(config(world, "holmes", folder, resume=True))
     assert rows(folder) == rows(plain / "holmes")
+    assert rows(folder, "frames") == rows(plain / "holmes", "frames")
     assert len(read_log(folder / "answers.jsonl")) == 4
     assert results.table([str(folder)]) == results.table([str(plain / "holmes")])
 
@@ -392,8 +402,9 @@ def test_a_file_of_one_s_own_is_scored_as_training_scores_it(world, tmp_path):
 
 
 def test_a_file_of_one_s_own_is_asked(world, tmp_path):
-    """Catches: an image that is decoded as a video, rows that are not asked, or without a file."""
-    from PIL import Image
+    """Catches: an image that is decoded as a video or has no frame; rows that are not asked, or
+    without a file.
+    """
     miniature.clip(tmp_path / "videos/vidA.mp4", world / "source.mp4")
     Image.new("RGB", (56, 56), "red").save(tmp_path / "videos/p.png")
     (tmp_path / "mine.json").write_text(json.dumps(OWN))
@@ -402,6 +413,8 @@ def test_a_file_of_one_s_own_is_asked(world, tmp_path):
     report = evaluate.evaluate(given)
     assert "3 questions, 0 missing, 0 undecodable, 0 unanswered" in report
     assert rows(tmp_path / "run").keys() == {"a", "1", "2"}
+    images = {i: len(row["times"]) for i, row in rows(tmp_path / "run", "frames").items()}
+    assert images == {"a": 4, "1": 4, "2": 1}
 
 
 def test_a_table_takes_what_it_can_name_and_says_what_it_leaves_out(world, tmp_path):
@@ -585,6 +598,99 @@ def test_an_api_model_is_asked_with_frames_and_only_once(world, tmp_path, monkey
         assert "anthropic:glm" in results.table([str(tmp_path / "run")])
         (tmp_path / "run/answers.jsonl").unlink()  # they are in the cache as well
         assert evaluate.evaluate(given(resume=True)) == report and len(server.seen) == 13
+
+
+def test_the_frames_that_are_kept_are_those_that_were_sent(world, tmp_path, monkeypatch):
+    """Catches: frames in the order of the video where another was shown, frames that were not
+    shown, other times; a strip for every question; frames of a run that shows none.
+    """
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "none")
+
+    def greys(strip, n):
+        image = Image.open(strip).convert("L")
+        return [image.getpixel((image.width * (2 * i + 1) // (2 * n), 9)) for i in range(n)]
+
+    def sent(body):
+        content = body["messages"][0]["content"]
+        pictures = [io.BytesIO(base64.b64decode(block["source"]["data"])) for block in content
+                    if block["type"] == "image"]
+        times = re.findall(r"frame \d+, ([\d.]+) s", text_of(body))
+        return [greys(picture, 1)[0] for picture in pictures], [float(time) for time in times]
+
+    with MessagesServer(lambda body: says("<answer>A</answer>")) as server:
+        for name, more in (("plain", {}), ("shuffled", dict(frames_order="shuffled")), (
+                "one", dict(frames_shown="one")), ("blind", dict(blind=True, video_root=None))):
+            evaluate.evaluate(config(world, "vsibench", tmp_path / name, model="anthropic:glm",
+                                     api_url=server.url, **more))
+        bodies = {re.search(r"Question \d+\?", text_of(body))[0]: body
+                  for body in server.bodies[12:24]}  # they come in any order
+        asked = {"plain": 12 * [server.bodies[0]], "one": 12 * [server.bodies[24]], "shuffled": [
+            bodies[re.search(r"Question \d+\?", q.text)[0]]
+            for q in load(config(world, "vsibench", "x"))]}
+    for name, those in asked.items():
+        kept = rows(tmp_path / name, "frames")
+        for i, body in enumerate(those):
+            seen, times = sent(body)
+            shown = greys(tmp_path / name / kept[str(i)]["thumbnails"], len(times))
+            assert shown == pytest.approx(seen, abs=4)
+            assert kept[str(i)]["times"] == pytest.approx(times, abs=0.006)
+    assert sent(asked["plain"][0])[0] == pytest.approx([0, 64, 120, 184], abs=6)  # 64 a second
+    strips = {name: len(list((tmp_path / name / "thumbnails").iterdir())) for name in asked}
+    assert strips["plain"] == strips["one"] == 1 < strips["shuffled"] <= 12
+    assert not rows(tmp_path / "blind", "frames") and not (tmp_path / "blind/thumbnails").exists()
+
+
+def clips(n):
+    """Return clips of noise, whose strips are of one size to a few bytes."""
+    rng = np.random.default_rng(0)
+    return [Clip(torch.from_numpy(rng.integers(0, 256, (2, 3, 56, 56), np.uint8)), (0.0, 1.0),
+                 (0, 1), 1.0, 2.0, 2) for _ in range(n)]
+
+
+def test_thumbnails_have_a_bound_that_all_questions_share(tmp_path, monkeypatch, capsys):
+    """Catches: a disk that gets full, a bound forgotten by --resume, frames of the first questions
+    only, a strip that is there and not used, silence or a line for every question.
+    """
+    from video import strip
+    shown = clips(30)
+    size = len(strip(shown[0].frames))
+    monkeypatch.setattr(evaluate, "STRIPS_MB", 10.5 * size / 1e6)
+
+    def keep(clips, asked):
+        frames = evaluate.Frames(SimpleNamespace(output=str(tmp_path)), len(clips))
+        for id, clip in zip(asked, clips):
+            frames.keep(SimpleNamespace(id=id), clip)
+        there = rows(tmp_path, "frames").keys()
+        return [id for id in asked if id in there]
+
+    kept = keep(shown, range(30))
+    assert 9 <= len(kept) <= 11 and kept[0] == 0 and kept[-1] > 25
+    assert capsys.readouterr().err.count("are too few for all thumbnails") == 1
+    more = keep([*shown[:1], *clips(40)[30:]], range(100, 111))
+    assert 100 in more and len(more) <= 2
+    strips = [path.stat().st_size for path in (tmp_path / "thumbnails").iterdir()]
+    assert sum(strips) < 12 * size
+
+
+def test_processes_may_write_the_same_strip_at_once(tmp_path, monkeypatch):
+    """Catches: two processes that write to one file, one of which then finds it gone."""
+    import runs
+    clip, = clips(1)
+    given, append, turns = SimpleNamespace(output=str(tmp_path)), runs.append, ["first"]
+
+    def meanwhile(path, data):
+        append(path, data)
+        if turns:  # once: what is written now is not under its name yet
+            turns.clear()
+            monkeypatch.setattr(evaluate, "rank", lambda: 1)
+            other.keep(SimpleNamespace(id="b"), clip)
+
+    first, other = (evaluate.Frames(given, 1) for _ in range(2))
+    monkeypatch.setattr(runs, "append", meanwhile)
+    first.keep(SimpleNamespace(id="a"), clip)
+    path, = (tmp_path / "thumbnails").iterdir()
+    assert path.suffix == ".jpg" and Image.open(path).size == (112, 56)
+    assert rows(tmp_path, "frames").keys() == {"a", "b"}
 
 
 def test_a_spent_budget_ends_an_api_run_and_more_goes_on(world, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import random
 import re
 import shutil
 import statistics
@@ -12,7 +13,7 @@ import pytest
 
 from benchmarks.results import overall, read_run
 from lab import report
-from reports import BOX, KINDS, MARKUP, make_run
+from reports import BOX, HEIGHT, KINDS, MARKUP, TIMES, WIDTH, lines, make_run, strip
 
 ORANGE = (230, 159, 0)  # of Okabe and Ito: the patch's range and boxes
 
@@ -191,7 +192,7 @@ def test_frames_without_room_are_left_out_and_counted(tmp_path):
     shown, said = report.thumbnails(groups, room)
     assert 0 < len(shown) < 16 and len(json.dumps(shown)) <= room
     assert said == ["frames are shown at most 32 pixels high",
-                    f"{16 - len(shown)} samples are shown without their frames"]
+                    f"{16 - len(shown)} strips of frames have no room"]
 
 
 def test_damaged_strips_are_named(tmp_path):
@@ -326,6 +327,57 @@ def test_evaluations_have_figures_blind_row_and_every_question(evaluations):
         [[False] * 2, [True] * 2], [[False] * 2, [True] * 2], [[True] * 2] * 2, [[False] * 2] * 2]
     assert [q["fate"] for q in table["questions"]] == ["learned", "learned", "kept", "never"]
     assert page.tags.count("script") == 3
+
+
+@pytest.fixture(scope="module")
+def shown(evaluations, tmp_path_factory):
+    """Make the two runs and a third, all but the blind one with frames that two questions share."""
+    folder, rng = tmp_path_factory.mktemp("shown") / "runs", random.Random(0)
+    shutil.copytree(evaluations, folder)
+    shutil.copytree(folder / "plain", folder / "third")
+    for run, names in (("plain", "aabc"), ("third", "aad")):
+        (folder / run / "thumbnails").mkdir()
+        for name in sorted(set(names)):
+            strip(folder / run / f"thumbnails/{name}.jpg", rng, (WIDTH, HEIGHT), noisy=True)
+        lines(folder / run / "frames.jsonl", [
+            {"id": f"q{i}", "times": TIMES, "thumbnails": f"thumbnails/{name}.jpg",
+             "thumbnail_size": (WIDTH, HEIGHT)} for i, name in enumerate(names)], '{"id": "q3"')
+    shutil.copy(folder / "plain/thumbnails/a.jpg", folder / "third/thumbnails/a.jpg")
+    return folder
+
+
+def test_questions_of_evaluations_have_the_frames_they_were_shown_with(shown, tmp_path):
+    """Catches: frames of another question or run, a strip twice where it is shared, frames for a
+    blind run, a count of what is kept that is wrong.
+    """
+    page = page_of([shown], tmp_path / "page.html")
+    table, = page.data["evaluations"]
+    assert table["columns"] == ["blind", "plain", "third"]
+    found = [[cell["frames"] and cell["frames"][-5] for cell in q["cells"]]
+             for q in table["questions"]]
+    assert found == [[None, "a", "a"], [None, "a", "a"], [None, "b", "d"], [None, "c", None]]
+    assert table["frames"].keys() == {f"thumbnails/{name}.jpg" for name in "abcd"}
+    for name, one in table["frames"].items():
+        run = "third" if name.endswith("d.jpg") else "plain"
+        assert base64.b64decode(page.strips[one["strip"]]) == (shown / run / name).read_bytes()
+        assert (one["times"], one["thumbnail_size"]) == (list(TIMES), [WIDTH, HEIGHT])
+    assert len(page.strips) == 4
+    assert "4 with frames" in page.text and "3 with frames" in page.text
+    assert page.text.count("with frames") == 2
+
+
+def test_frames_of_evaluations_are_within_the_bound_of_the_page(shown, tmp_path):
+    """Catches: a page over --max_mb, or no page, because of an evaluation's frames."""
+    runs, rng = tmp_path / "runs", random.Random(0)
+    shutil.copytree(shown / "plain", runs)
+    for name in "abc":
+        strip(runs / f"thumbnails/{name}.jpg", rng, (256, 256), noisy=True)
+    page = page_of([runs], tmp_path / "page.html", max_mb=0.15)
+    assert (tmp_path / "page.html").stat().st_size <= 150_000
+    assert "To hold --max_mb 0.15: frames are shown at most" in page.text
+    (runs / "thumbnails/a.jpg").unlink()
+    page = page_of([runs], tmp_path / "page.html")
+    assert "1 strips of frames are missing or damaged" in page.text and len(page.strips) == 2
 
 
 # --- in a browser ---------------------------------------------------------------------------------
@@ -479,6 +531,30 @@ def test_a_click_on_a_group_and_the_keyboard_lead_to_a_slot(seen):
     assert seen.locator("figcaption .at").nth(2).inner_text() == "step 1"
     assert seen.locator("figure", has_text="Repair rate by").locator("b").all_inner_texts() == [
         "50.0 %", "50.0 %"]
+
+
+def test_an_opened_question_shows_its_frames(browser, shown, tmp_path):
+    """Catches: frames that are in the page and not to be seen, without times, drawn once for each
+    run that shows the same, squeezed into a column beside the answers, or under the name of a run
+    that was shown others or none.
+    """
+    report.write([shown], tmp_path / "page.html")
+    tab = browser.new_page()
+    tab.on("pageerror", lambda error: pytest.fail(str(error)))
+    tab.goto(f"file://{tmp_path / 'page.html'}")
+    questions = tab.locator("details.asked")
+    for place, told in ((0, ["plain, third"]), (2, ["plain", "third"]), (3, ["plain"])):
+        questions.nth(place).locator("summary").click()
+        strips = questions.nth(place).locator(".strip")
+        strips.first.wait_for()
+        assert strips.count() == len(told)
+        boxes = strips.first.bounding_box(), questions.nth(place).bounding_box()
+        assert boxes[0]["width"] > 0.8 * boxes[1]["width"]
+        said = questions.nth(place).locator("p.small", has_text="shown in").all_inner_texts()
+        assert said == [f"shown in {runs}" for runs in told]
+        times = strips.first.locator("time span:last-child").all_inner_texts()
+        assert times == [f"{seconds:.1f} s" for seconds in TIMES]
+    tab.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
