@@ -8,7 +8,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +29,7 @@ import toy
 import train
 from model import ADAPTERS, Student
 from patch import alignment
+from teacher import Service
 from processes import launch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -546,13 +546,14 @@ def test_the_service_teacher_teaches_a_run(world, tmp_path, monkeypatch):
     in a file, teaching that starts only when every prompt has been sampled.
     """
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
-    sampled = []
+    order = []
     monkeypatch.setattr(ffr, "fix", lambda groups, ask, fix=ffr.fix:
-                        (sampled.append(time.monotonic()), fix(groups, ask)))
+                        (order.append("all sampled"), fix(groups, ask)))
+    monkeypatch.setattr(Service, "submit", lambda self, *asked, submit=Service.submit:
+                        (order.append("asked"), submit(self, *asked))[1])
     with MessagesServer() as server:
         rows = run(config_of(world, tmp_path / "run", teacher="anthropic", teacher_url=server.url,
                              batch_prompts=2, teacher_price="3/15"))
-        first_asked = server.seen[1][0]  # the first request is the connection check
     assert rows[0]["intervention_ratio"] > 0 and rows[0]["teacher"]["dollars"] > 0
     assert all(row["teacher"]["calls"] == row["teacher"]["patched"] > 0 for row in rows)
     assert all(row["grad_norm"] >= 0 for row in rows)
@@ -560,7 +561,7 @@ def test_the_service_teacher_teaches_a_run(world, tmp_path, monkeypatch):
     tools = {block["name"] for message in messages if message["role"] == "assistant"
              for block in message["content"] if block["type"] == "tool_use"}
     assert {"get_frame", "zoom_region", "get_temporal_segment"} <= tools
-    assert first_asked < sampled[0], "the first diagnosis must not wait until all rows are sampled"
+    assert order[0] == "asked", "the first diagnosis must not wait until all rows are sampled"
     written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert len(written) > 10 and not any(KEY.encode() in path.read_bytes() for path in written)
 
