@@ -352,9 +352,8 @@ def of_tokens(batch: MicroBatch, test: Callable) -> Tensor:
 def settle(batch: MicroBatch, logp_T: Tensor) -> float:
     """Let π_old be the policy as scoring sees it before the step's first update.
 
-    Sampling and scoring round differently; in bf16 this alone puts tokens outside the clip. Traces
-    of another policy, or of an older one, keep the log-probs that they came with. Returns
-    Σ_t |log-prob at sampling time − log-prob scored|, for the logs.
+    Sampling and scoring round differently; in bf16 this alone puts tokens outside the clip. What
+    another or an older policy sampled keeps its log-probs. Returns Σ_t |sampled − scored|.
     """
     others_T = of_tokens(batch, lambda slot: slot.off_policy or slot.trained.staleness)
     scored_T = torch.where(others_T, batch.old_logp_T, logp_T.detach().cpu())

@@ -24,7 +24,7 @@ tokens of a support.
 
 import math
 import random
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -228,34 +228,33 @@ class Ffr(Method):
 
     def __init__(self, config: Any):
         super().__init__(config)
-        self.tried, self.kept = deque(), []  # steps found ahead, and a checkpoint's
+        self.tried, self.kept = {}, {}  # groups found ahead by step, and what a checkpoint had
 
     def prompts(self, run: Any, step: int, phases: Callable) -> list[ffr.Group]:
         """Return the step's groups; with --ahead their first tries are there, and later ones'."""
         if not self.config.ahead:
             return super().prompts(run, step, phases)
-        if self.kept:
-            self.tried.extend(run.tried_again(groups) for groups in self.kept)
-            self.kept = []
-        while len(self.tried) <= self.config.ahead and \
-                (later := step + len(self.tried)) < run.steps:
-            groups = super().prompts(run, later, phases)
-            if groups:
-                self.find(run, groups, f"{self.config.seed}/{later}", phases)
-            for slot in (slot for group in groups for slot in group.slots):
-                slot.first.staleness = later - step
-            self.tried.append(groups)
-        return self.tried.popleft()
+        self.tried |= {later: run.tried_again(groups) for later, groups in self.kept.items()}
+        self.kept = {}
+        for later in range(step, min(step + self.config.ahead + 1, run.steps)):
+            if later not in self.tried:
+                self.tried[later] = groups = super().prompts(run, later, phases)
+                if groups:
+                    self.find(run, groups, f"{self.config.seed}/{later}", phases)
+                for slot in (slot for group in groups for slot in group.slots):
+                    slot.first.staleness = (later - step) * self.config.updates_per_batch
+        return self.tried.pop(step)
 
     def state(self) -> Any:
         """Return the first tries that were sampled ahead, by step and group; None where none."""
-        return [[(group.sample.id, group.place, [
+        return {step: [(group.sample.id, group.place, [
             (slot.first.ids_C, slot.first.old_logp_C, slot.first.finished, slot.first.staleness)
-            for slot in group.slots]) for group in groups] for groups in self.tried] or None
+            for slot in group.slots]) for group in groups]
+            for step, groups in self.tried.items()} or None
 
     def resume(self, step: int, state: Any) -> None:
         """Go on with the first tries that were sampled ahead."""
-        self.kept = state or []
+        self.kept = state or {}
 
     def weight(self, step: int) -> float:
         """Return λ of the token credit by the patch, which plain FFR has none of."""

@@ -33,7 +33,7 @@ import reward
 import toy
 from data import Sample
 from guard import check_money
-from lab.plan import EVAL_PROMPTS, planned
+from lab.plan import planned
 from model import ADAPTER, AdapterCopy, Completion, Student, local
 from patch import EVIDENCE_LEVELS, Patch, alignment, outside_clip, patch_images, render
 from runs import (Folder, Phases, Stopper, Tracker, about, append, asked_with, changed, check_model,
@@ -222,7 +222,7 @@ def refuse_useless(config: Config, given: set[str]) -> None:
 class Run:
     """What the functions below share: settings, data, teacher, student, optimizer, folder."""
 
-    everyone = staticmethod(everyone)
+    everyone, eval_prompts = staticmethod(everyone), 32  # decoded together in an evaluation
 
     def __init__(self, config, device, dtype):
         check(config)
@@ -672,8 +672,7 @@ def evaluate(run: Run) -> int:
     """
     mine, greedy = run.eval_samples[rank()::world_size()], replace(run.sampling, temperature=0.0)
     answers, bad, diagnose = [], run.bad, run.diagnose if run.eval_patches else None
-    parts = [mine[i:i + EVAL_PROMPTS] for i in range(0, len(mine), EVAL_PROMPTS)]
-    run.taught()  # what the step asked is not the evaluation's
+    parts = [mine[i:i + run.eval_prompts] for i in range(0, len(mine), run.eval_prompts)]
     with run.student.gathered():
         for part, following in zip(parts, parts[1:] + [[]]):
             if run.stopper.asked:
@@ -885,11 +884,11 @@ def to_the_end(run: Run) -> int:
     config, stopped, rows = run.config, 0, []
     say(f"{config.method}: {len(run.samples)} samples, {run.steps} steps of "
         f"{config.batch_prompts * world_size()} prompts; {changed(config)}")
+    run.taught()  # the connection check is no step's
     bar = tqdm(total=run.steps, initial=run.step, disable=rank() != 0, desc=config.method)
     try:
         while not (stopped := evaluate_if_due(run)) and run.step < run.steps:
             phases = Phases(run.device)
-            run.taught()  # what an evaluation asked is not the step's
             groups = run.method.fill(run, run.step, phases)
             sums = update(run, groups, phases)
             row, stopped = log(run, groups, sums, phases)

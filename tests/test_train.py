@@ -446,6 +446,44 @@ def test_adapters_on_two_processes_equal_one(world, tmp_path):
     assert untimed(tmp_path / "killed/visd/metrics.jsonl") == two
 
 
+def test_a_broken_step_does_not_move_the_tries_found_ahead(world, tmp_path, monkeypatch):
+    """Catches: a checkpoint within a step, after which the next step's tries are taken for it."""
+    config = config_of(world, tmp_path / "run", steps=5, ahead=2, updates_per_batch=2, lr=1e-3)
+    run(replace(config, output=str(tmp_path / "straight")))
+    whole, calls = ffr.loss, []
+
+    def broken(*args):
+        calls.append(args)
+        loss, sums = whole(*args)
+        return loss * (float("nan") if len(calls) == 5 else 1.0), sums  # step 2's first update
+
+    monkeypatch.setattr(ffr, "loss", broken)
+    with pytest.raises(FloatingPointError, match="step 2, update 1"):
+        run(config)
+    monkeypatch.setattr(ffr, "loss", whole)
+    rows = run(replace(config, resume=True))
+    straight, resumed = ([(row["step"], row["sample"])
+                          for row in runs.read_log(tmp_path / name / "rollouts.jsonl")]
+                         for name in ("straight", "run"))
+    assert straight == resumed and len(resumed) == 5
+    ages = {slot["staleness"] for row in runs.read_log(tmp_path / "straight/rollouts.jsonl")
+            for slot in row["slots"] if slot["trained"] == "first"}
+    assert ages <= {0, 2, 4} and [row["step"] for row in rows] == list(range(5))
+
+
+def test_a_slow_teacher_is_counted_in_full_where_tries_are_found_ahead(world, tmp_path,
+                                                                       monkeypatch):
+    """Catches: calls that end between two steps, of which no line of metrics.jsonl says a word."""
+    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
+    with MessagesServer() as server:
+        rows = run(config_of(world, tmp_path / "run", teacher="anthropic", teacher_url=server.url,
+                             ahead=1, steps=4, save_every=1))
+        asked = len(server.bodies) - 1  # without the connection check
+    assert sum(row["teacher"]["requests"] for row in rows) == asked > 0
+    assert sum(row["teacher"]["calls"] for row in rows) == len(
+        runs.read_log(tmp_path / "run/patches.jsonl"))
+
+
 @pytest.mark.slow
 def test_tries_found_ahead_on_two_processes_survive_a_kill(world, tmp_path):
     """Catches: one rank's tries restored on another; a rank that waits for one that samples."""
