@@ -299,6 +299,26 @@ def peak_memory(device: Any) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def used_memory(device: Any, peak: bool = False) -> int:
+    """Return the bytes in use, from where a new peak is looked for; or the last peak (Linux)."""
+    if device.type == "cuda":
+        import torch
+        if peak:
+            return torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    if not peak:
+        ctypes.CDLL(None).malloc_trim(0)  # what the allocator merely holds is not in use
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    return proc_bytes("/proc/self/status", "VmHWM" if peak else "VmRSS")
+
+
+def proc_bytes(path: str, name: str) -> int:
+    """Return the bytes that a file of /proc gives in kB under a name."""
+    with open(path) as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(f"{name}:"))
+
+
 # ---------------------------------------------------------------------------------------------
 # JSON files
 

@@ -33,13 +33,13 @@ import ffr
 from guard import money, prices
 from model import Tree, recompute_blocks
 from patch import MAX_GUIDANCE, MAX_REGIONS, Patch
-from runs import Phases, everyone, world_size
+from runs import Phases, everyone, proc_bytes, used_memory, world_size
 from teacher import Diagnosis, Teacher
 from video import Clip, still
 
 GIB = 2**30
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
-EVAL_PROMPTS = 32  # prompts decoded together in an evaluation
+CGROUP = Path("/sys/fs/cgroup")  # what a container may have
 CARDS = 1, 2, 4, 8  # numbers of GPUs that the table is for
 DRAWING = 7  # fp32 tensors as large as the logits that drawing a token makes
 PHASES = "reference", "rollouts", "evaluation", "update"
@@ -238,7 +238,7 @@ def activations(run: Any, groups: list[ffr.Group], sharded: bool, packs: bool) -
             found["rollouts"] = rolling(run, prefixes, config.rollouts, suffix, packs)
         if run.eval_samples:
             prefix = run.prompts.prefix(longest(run, run.eval_samples))
-            questions = min(EVAL_PROMPTS, math.ceil(len(run.eval_samples) / world_size()))
+            questions = min(run.eval_prompts, math.ceil(len(run.eval_samples) / world_size()))
             found["evaluation"] = rolling(run, [prefix] * questions, 1, suffix, packs)
     return found
 
@@ -355,36 +355,23 @@ class Scale(Phases):
     @contextmanager
     def __call__(self, name: str):
         """Add the time of the block to a phase, and see how far the memory goes."""
-        used(self.device)
+        used_memory(self.device)
         with super().__call__(name):
             yield
-        phase, top = OF_PHASE.get(name), used(self.device, peak=True) - self.base
+        phase, top = OF_PHASE.get(name), used_memory(self.device, peak=True) - self.base
         if phase:
             self.most[phase] = max(self.most.get(phase, 0), top)
 
 
-def used(device: torch.device, peak: bool = False) -> int:
-    """Return the bytes in use, from where a new peak is looked for; or the last peak."""
-    if device.type == "cuda":
-        if peak:
-            return torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    if not peak:
-        ctypes.CDLL(None).malloc_trim(0)  # what the allocator merely holds is not in use
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-    return 1024 * _line("/proc/self/status", "VmHWM" if peak else "VmRSS")
-
-
 def free(device: torch.device) -> int:
-    """Return the bytes that are free, of the card or of this machine."""
+    """Return the bytes that are free: of the card, or of this machine or container."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return 1024 * _line("/proc/meminfo", "MemAvailable")
-
-
-def _line(path, name):
-    return next(int(line.split()[1]) for line in open(path) if line.startswith(name + ":"))
+    room = proc_bytes("/proc/meminfo", "MemAvailable")
+    limit, taken = (CGROUP / f"memory.{name}" for name in ("max", "current"))
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        room = min(room, int(most) - int(taken.read_text()))
+    return room
 
 
 def step(run: Any, update: Callable, base: int) -> Scale:
@@ -414,7 +401,7 @@ def taken(make: Callable, update: Callable, device: torch.device, dtype: torch.d
     if not all(everyone(here * most < 0.95 * room)):
         return {}, {}, ("no step was taken: it would not fit into the "
                         f"{room / GIB:.1f} GiB that are free")
-    base = used(device)
+    base = used_memory(device)
     try:
         with redirect_stdout(None):  # what it says of the data has been said
             run = make(device, dtype)

@@ -52,6 +52,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 import ffr
 import tiny
 from model import Student, attention_names, cuda_graph, mrope, recompute_blocks
+from runs import used_memory
 
 HEADER, PATCH = 5, 75  # tokens of a header, and of the patch before it in a repair
 BETA, TOP_P = 0.04, 0.95
@@ -269,24 +270,14 @@ class Meter:
     """A stopwatch for the parts of a step, or a scale for the memory that they add."""
 
     def __init__(self, device, memory=False):
-        self.cuda, self.memory, self.of, self.top = device.type == "cuda", memory, {}, 0
+        self.device, self.memory, self.of, self.top = device, memory, {}, 0
         self.start = self.level()
 
     def level(self, peak=False):
         """Return bytes in use, or the most since last asked; on CUDA it waits for the device."""
-        if self.cuda:
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
-            used = torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            return used
-        if not self.memory:
-            return 0
-        if not peak:
-            ctypes.CDLL(None).malloc_trim(0)  # what the allocator merely holds is not in use
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-        name = "VmHWM" if peak else "VmRSS"
-        line = next(line for line in open("/proc/self/status") if line.startswith(name))
-        return int(line.split()[1]) * 1024
+        return used_memory(self.device, peak) if self.memory or self.device.type == "cuda" else 0
 
     def __call__(self, part, work, *arguments):
         before, start = self.level(), time.perf_counter()

@@ -52,12 +52,15 @@ def planned(folder, model, *flags):
             and cells.strip()}, ended.stdout
 
 
-@pytest.mark.parametrize("name", ("cpu", pytest.param("qwen3", marks=pytest.mark.slow)))
-def test_the_largest_step_takes_what_was_predicted(world, tmp_path, name):  # noqa: F811
+@pytest.mark.parametrize("name, flags", (
+    ("cpu", []), pytest.param("qwen3", [], marks=pytest.mark.slow),
+    pytest.param("cpu", ["--lora", 8], marks=pytest.mark.slow),
+    pytest.param("qwen3", ["--lora", 8, "--lora_vision"], marks=pytest.mark.slow)))
+def test_the_largest_step_takes_what_was_predicted(world, tmp_path, name, flags):  # noqa: F811
     """Catches: a prediction more than 15 % off; files left behind; repairs that were forgotten."""
     student_folder(tmp_path / "student", name)
     table, said = planned(world, tmp_path / "student", "--rollouts", 4, "--max_completion", 24,
-                          "--steps", 7)
+                          "--steps", 7, *flags)
     expected, measured, *_ = table["update"]
     assert 0.85 < expected / measured < 1.15, said
     assert expected > max(cells[0] or 0 for row, cells in table.items() if row != "update"), said
@@ -109,6 +112,19 @@ def test_real_sizes_are_predicted_without_their_weights(world, tmp_path):  # noq
         state = (14 / n + 2) * billions / 1.0737  # all but activations; no gradients yet
         assert state < table["rollouts"][column] < 1.1 * state + 2
         assert 18 / n * billions / 1.0737 < table["update"][column]
+
+
+@pytest.mark.quick
+def test_a_container_has_less_than_its_machine(tmp_path, monkeypatch):
+    """Catches: a step that is tried because it would fit the machine, and is killed."""
+    whole = plan.free(torch.device("cpu"))
+    monkeypatch.setattr(plan, "CGROUP", tmp_path)
+    assert plan.free(torch.device("cpu")) == pytest.approx(whole, rel=0.2), "no limit"
+    (tmp_path / "memory.max").write_text("max\n")
+    assert plan.free(torch.device("cpu")) == pytest.approx(whole, rel=0.2)
+    (tmp_path / "memory.max").write_text("300000\n")
+    (tmp_path / "memory.current").write_text("100000\n")
+    assert plan.free(torch.device("cpu")) == 200_000
 
 
 def test_what_is_alive_is_counted_once_and_until_it_is_gone():
