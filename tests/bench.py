@@ -6,6 +6,7 @@
     python tests/bench.py --profile                             what our decoding spends its time on
     python tests/bench.py --reading                             reading videos: PyAV, decord, others
     python tests/bench.py --waiting                             a slow teacher, and --ahead
+    python tests/bench.py --keeping                             what --keep_rollouts costs a step
     python tests/bench.py --device cuda --model 7b --recompute --cuda_graphs
                                                                 real shapes, random weights, bf16
 
@@ -599,6 +600,41 @@ def waiting(flags):
         print(f"| {prompts} |", *(f"{cell:.2f} |" for cell in cells))
 
 
+def keeping(flags):
+    """Print processor time of steps of the toy world that keep their rollouts, over others'.
+
+    Two runs take turns in one process, step by step, from the same untaught student.
+    """
+    import tempfile
+    from dataclasses import replace
+
+    import toy
+    import train
+    from runs import start_processes
+    torch.set_num_threads(1)
+    device, dtype = start_processes("float32", trains=True)
+    with tempfile.TemporaryDirectory() as folder:
+        toy.make(Path(folder), train=120, heldout=5, warm=5, pretrained=False)
+        config = train.Config(
+            model=f"{folder}/model", data=f"{folder}/train.json", video_root=f"{folder}/videos",
+            template=f"{folder}/template.txt", decode_workers=0, steps=60, **train.TOY_SEEN,
+            batch_prompts=8, beta=0.0)
+        made = [train.Run(replace(config, output=f"{folder}/{k}", keep_rollouts=k), device, dtype)
+                for k in (0, 1)]
+        laps = [[], []]
+        for turn in range(4 if flags.quick else 30):
+            for run, mine in list(zip(made, laps))[::1 if turn % 2 else -1]:
+                phases, began = train.Phases(device), time.process_time()
+                groups = run.method.fill(run, run.step, phases)
+                train.log(run, groups, train.update(run, groups, phases), phases)
+                run.step += 1
+                mine.append(time.process_time() - began)
+    without, kept = (laps[k][1:] for k in (0, 1))  # the first ones read the videos
+    ratios = sorted(a / b for a, b in zip(kept, without))
+    print(f"steps that keep their rollouts over others: {sum(kept) / sum(without):.3f}, median of "
+          f"{len(ratios)} pairs {median(ratios):.3f} ({ratios[0]:.3f}..{ratios[-1]:.3f})")
+
+
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
@@ -617,6 +653,7 @@ def parse(argv):
     add("--profile", action="store_true", help="only the operations of our decoding")
     add("--reading", action="store_true", help="only the reading of videos, on one thread")
     add("--waiting", action="store_true", help="only a slow teacher's share of a step")
+    add("--keeping", action="store_true", help="only what keeping rollouts costs")
     add("--quick", action="store_true", help="one tiny shape, once")
     add("--json", default="", help="file for all figures")
     add("--child", default="", help=argparse.SUPPRESS)  # way,P,C of a fresh process for memory
@@ -633,8 +670,9 @@ def main(argv):
     torch.set_num_threads(flags.threads)
     if flags.cuda_graphs and flags.device != "cuda":
         sys.exit("bench.py: --cuda_graphs needs --device cuda")
-    if flags.reading or flags.waiting:
-        return (reading if flags.reading else waiting)(flags)
+    for chosen in (reading, waiting, keeping):
+        if getattr(flags, chosen.__name__):
+            return chosen(flags)
     if flags.child:
         way, P, C = flags.child.split(",")
         return print(json.dumps(peaks(make_models(flags), way, int(P), int(C), flags)))
