@@ -191,7 +191,8 @@ def training(folder: Path, room: int = 10**9) -> dict:
 
 def differing(runs: list[dict]) -> dict[str, list]:
     """Return the flags, and facts of commit and machine, in which runs differ: each run's value."""
-    facts = "commit", "python", "torch", "transformers", "cards", "processes", "student"
+    facts = ("commit", "python", "torch", "transformers", "cards", "processes", "student",
+             "frozen")
     sides = [{name: x for name, x in run["config"].items() if name not in ("output", "resume")}
              | {name: run["about"].get(name) for name in facts}
              | {f"contents of --{name}": x for name, x in run["about"].get("files", {}).items()}

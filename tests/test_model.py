@@ -169,6 +169,39 @@ def test_a_recorded_decode_step_equals_the_growing_one(family, monkeypatch):
     assert len({len(c.ids) for c in growing}) > 2 and 3 <= len(recordings) < steps / 2
 
 
+def test_each_way_to_attend_is_what_its_flag_says(monkeypatch):
+    """Catches: --attention that is not heeded, or falls back to another kernel unsaid."""
+    def names(attention, on_cuda=True, dtype=torch.bfloat16):
+        return tuple(model_module.attention_names(attention, on_cuda, dtype).values())
+
+    padded, torchs = ("prefix_tree", "sdpa"), ("prefix_tree_torch", "sdpa")
+    flash = "prefix_tree_fa2", "flash_attention_2"
+    for package, auto in ((None, torchs), (lambda: None, flash)):
+        monkeypatch.setattr(model_module, "flash_attn_varlen_func", package)
+        assert names("auto") == auto and names("torch") == torchs and names("sdpa") == padded
+        assert names("auto", False) == names("auto", True, torch.float32) == padded
+        for unfit in ((False, torch.bfloat16), (True, torch.float32)):
+            with pytest.raises(ValueError, match="^--attention torch needs CUDA and bfloat16"):
+                names("torch", *unfit)
+            with pytest.raises(ValueError, match="^--attention flash needs CUDA, bfloat16 and the"):
+                names("flash", *unfit)
+    assert names("flash") == flash
+    monkeypatch.setattr(model_module, "flash_attn_varlen_func", None)
+    with pytest.raises(ValueError, match="^--attention flash needs"):
+        names("flash")
+
+
+def test_a_student_on_a_card_is_not_exposed_to_cudnns_attention(tmp_path):
+    """Catches: training with gradients that are NaN for some masks on Hopper (pytorch 196678)."""
+    publish(tmp_path / "student", next(iter(LAYOUTS)))
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        Student.load(tmp_path / "student", torch.device("cuda"), torch.bfloat16, trainable=False)
+    except (AssertionError, RuntimeError):  # no card is here; the switch comes before the weights
+        assert not torch.cuda.is_available()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_a_row_depends_on_its_own_numbers_only():
     """Catches: rollouts that change with the batch they are sampled in, which no resume or other
     world size could repeat.
@@ -441,7 +474,11 @@ def test_placeholders_and_pixels_must_agree():
     """Catches: a forward that goes on with features in the wrong places."""
     student, broken = tiny_student("qwen2_5_vl"), image(4, 4, 3)
     broken.ids = torch.cat([broken.ids, torch.tensor([IMAGE])])
-    with pytest.raises(AssertionError, match="placeholders"):
+    with pytest.raises(AssertionError, match="placeholders without pixels"):
+        student.prefill([broken])
+    first = broken.ids.tolist().index(IMAGE)
+    broken.ids = torch.cat([broken.ids[:first], broken.ids[first + 1:-1]])
+    with pytest.raises(AssertionError, match="pixels without placeholders"):
         student.prefill([broken])
 
 
