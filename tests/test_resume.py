@@ -330,7 +330,7 @@ def test_a_stop_within_an_evaluation_is_heeded_and_made_up_for(world, tmp_path, 
     """Catches: a signal that waits for 28 seconds, and an evaluation lost or counted twice."""
     config = config_of(world, tmp_path / "run", eval_data=str(world / "heldout.json"),
                        eval_every=1, steps=2, save_every=100)
-    monkeypatch.setattr(train, "EVAL_PROMPTS", 2)
+    monkeypatch.setattr(train.Run, "eval_prompts", 2)
     run(replace(config, output=str(tmp_path / "straight")))
     decoded, seen = train.Run.decoded, []
 
