@@ -222,8 +222,8 @@ class Segment:
     """A run of token ids with the pixels that its placeholders stand for.
 
     ids [n]; pixels [N, patch width] or None, in order of appearance; grids [M, 3]: patches t, h, w;
-    seconds_per_grid [M]: seconds from one temporal patch to the next; 0 for an image, and for
-    Qwen3-VL, which reads the time in the text.
+    seconds_per_grid [M]: seconds from one temporal patch to the next; 0 for an image, and where
+    the time stands in the text (Qwen3-VL's and later processors).
     """
     ids: Tensor
     pixels: Tensor | None
@@ -235,13 +235,14 @@ class Prompts:
     """Samples and texts as Segments, by the checkpoint's own processor and chat template.
 
     template: the user's text with {question} and, if wanted, {answer_format}.
+    thinking: what a chat template is told that can be told, Qwen3.5's: others need not listen.
     header: what the chat template writes between the user's text and the completion.
-    opened: the header's end that begins the response: <think> of a checkpoint that always thinks.
+    opened: the header's end that begins the response: <think> of a checkpoint that thinks.
     """
 
-    def __init__(self, processor, template=None):
-        self.processor, self.tokenizer = processor, processor.tokenizer
-        self.template = template or TEMPLATE
+    def __init__(self, processor, template=None, thinking=True):
+        self.processor, self.tokenizer, self.thinking = processor, processor.tokenizer, thinking
+        self.template, self.chat = template or TEMPLATE, str(processor.chat_template)
         _require("{question}" in self.template, "the template has no {question}")
         video = processor.video_processor
         self.factor, self.merge = video.patch_size * video.merge_size, video.merge_size
@@ -254,7 +255,8 @@ class Prompts:
         lost = self.special.findall("<think></think><answer></answer>")
         _require(not lost, f"the tokenizer has {lost} as special tokens, never sampled nor read")
         self.header_text = self._render([])[1]
-        self.opened = self.header_text.partition("assistant\n")[2].lstrip()
+        opened = self.header_text.partition("assistant\n")[2].lstrip()
+        self.opened = "" if "</think>" in opened else opened  # a thought cut off before it began
         self.header = self._plain(self.header_text)
         # how the chat shows an image: what stands between two texts with an image between them
         shown = self._render([{"type": "text", "text": END}, {"type": "image"}])[0]
@@ -306,7 +308,7 @@ class Prompts:
     def _most_tokens(self, sample, chat):
         """Return a number of tokens that a sample's text, put into an empty chat, cannot exceed.
 
-        A token of the byte-level tokenizers of both families is a byte or more; the NFC that they
+        A token of the families' byte-level tokenizers is a byte or more; the NFC that they
         apply first makes at most three bytes of one, and leaves ASCII as it is.
         """
         template = self.template.replace("{answer_format}", ANSWER_FORMATS[sample.kind])
@@ -358,8 +360,9 @@ class Prompts:
     def _render(self, content):
         """Return the chat before and after the end of a user message with this content."""
         message = {"role": "user", "content": [*content, {"type": "text", "text": END}]}
+        told = {"enable_thinking": self.thinking} if "enable_thinking" in self.chat else {}
         chat = self.processor.apply_chat_template(
-            [message], add_generation_prompt=True, tokenize=False)
+            [message], add_generation_prompt=True, tokenize=False, **told)
         before, end, after = chat.rpartition(END)
         _require(end, "the chat template does not show the user's text")
         return before, after

@@ -386,7 +386,7 @@ class Asked:
         self.student = Student.load(config.model, device, dtype, config.attention, trainable=False,
                                     cuda_graphs=config.cuda_graphs)
         words = DIRECT if config.direct else wording(config)
-        self.prompts = data.Prompts(self.student.processor, words)
+        self.prompts = data.Prompts(self.student.processor, words, not config.direct)
         require(not (config.direct and self.prompts.opened), f"--direct: the chat template of "
                 f"{config.model} begins every response with {self.prompts.opened.strip()}: it "
                 "always reasons")

@@ -1,14 +1,7 @@
-"""The student: a Qwen2.5-VL or Qwen3-VL that samples and scores over prefix trees.
+"""The student: a vision-language model that samples and scores over the prefix tree.
 
-Everything FFR samples from one prompt shares the prefix [system, video, question]; what follows it
-(a header, or a patch and a header, then a completion) is a *suffix*. A suffix attends to its prefix
-and to itself, never to another suffix, so a prompt and its G rollouts are one packed row
-
-    [P_1 .. P_B, S_1 .. S_N]        all prefixes first, then all suffixes, nothing padded
-
-in which every shared token stands once. The modules, weights and checkpoint format are Hugging
-Face's; ours are the attention over the tree, the M-RoPE positions, the decode loop and the
-log-probs.
+The modules, weights and checkpoint format are Hugging Face's; ours are the layers over the tree,
+the M-RoPE positions, the decode loop and the log-probs.
 
     student = Student.load("Qwen/Qwen2.5-VL-7B-Instruct", device="cuda")
     cache = student.prefill([prefix])                            # once per prompt
@@ -16,15 +9,13 @@ log-probs.
     logp, entropy = student([prefix], suffixes, owners, completions)
 
 Dimensions: B prefixes, N suffixes (rows), P prefix tokens, S suffix tokens, C completion tokens, T
-packed tokens, V vocabulary, D width, H query heads, K key-value heads, E head width, L cache slots.
+packed tokens, V vocabulary, D width.
 """
 
-import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,296 +30,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed import fsdp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import (AttentionInterface, AutoConfig, AutoModelForImageTextToText,
-                          PreTrainedConfig, Qwen2_5_VLProcessor, Qwen3VLProcessor)
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.utils.logging import set_tqdm_hook
 
-try:
-    from flash_attn import flash_attn_varlen_func
-except ImportError:  # flash-attn needs CUDA to build; torch's own fused attention serves without it
-    flash_attn_varlen_func = None
+from decode import Cache, DecodeRows, cuda_graph
+from prefix_tree import FAMILIES, Tree, attention_names, mrope, recur
 
 LOGITS_AT_ONCE = 2**24  # elements of fp32 logits held at a time, but no fewer rows than these:
 ROWS_OF_LOGITS = 256  # 150 MiB for Qwen's vocabulary
-ROWS_AT_ONCE = 8  # rows that the packed weights of a CPU are laid out for; others work as well
-RECORDED_SLOTS = 256  # a recorded decode step attends to a multiple of so many of a row's own slots
-
-
-# ---------------------------------------------------------------------------------------------
-# The prefix tree
-
-
-@dataclass
-class Cache:
-    """Keys and values of B prefixes, and where their suffixes go on.
-
-    keys, values: per layer [B, K, P, E], padded on the right; lengths, next_position: B ints.
-    features: what the vision tower said of the prefixes, for scoring, where the tower is frozen.
-    """
-    lengths: list[int]
-    next_position: list[int]
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-    features: "Features | None" = None
-    linears: dict = field(default_factory=dict)
-
-    def linear(self, *layers: nn.Linear) -> Callable:
-        """Return `packed(layers)`, made once for the tries and repairs of a step."""
-        if layers not in self.linears:
-            self.linears[layers] = packed(layers)
-        return self.linears[layers]
-
-
-@dataclass
-class Features:
-    """The vision tower's output for some segments [v, D], and Qwen3-VL's deepstack [v, D] each."""
-    embeddings: Tensor
-    deepstack: list[Tensor]
-
-
-class Tree:
-    """The split of one packed row into prefixes and suffixes, and which suffix hangs where.
-
-    prefix_lengths: B ints; suffix_lengths, owners: N ints. With `cache` the prefixes are not in the
-    row but in the cache. `store` collects each layer's padded keys and values: of the prefixes, or
-    of the suffixes where the prefixes are cached.
-    """
-
-    def __init__(self, prefix_lengths: list[int], suffix_lengths: list[int], owners: list[int],
-                 device: torch.device, cache: Cache | None = None, store: list | None = None):
-        assert len(suffix_lengths) == len(owners) and set(owners) <= set(range(len(prefix_lengths)))
-        self.cache, self.store = cache, store
-        self.prefix_lengths, self.suffix_lengths = prefix_lengths, suffix_lengths
-        self.prefix_tokens = 0 if cache else sum(prefix_lengths)
-        self.owners = torch.tensor(owners, dtype=torch.long, device=device)
-        self.prefix_pad, self.prefix_unpad = _padding(prefix_lengths, device)
-        self.device = device
-
-    @cached_property
-    def runs(self) -> list[tuple]:
-        """Return the rows to attend together: all where their keys are stored, else alike ones."""
-        cuts = [0] if self.suffix_lengths else []
-        for n, length in enumerate(self.suffix_lengths):
-            if self.store is None and length > 1.25 * self.suffix_lengths[cuts[-1]]:
-                cuts.append(n)
-        return [self._run(*bounds) for bounds in zip(cuts, [*cuts[1:], len(self.suffix_lengths)])]
-
-    def _run(self, first, last):
-        """Return rows first..last: tokens in the packed row, owners, mask, pad and unpad."""
-        lengths, owners = self.suffix_lengths[first:last], self.owners[first:last]
-        start = self.prefix_tokens + sum(self.suffix_lengths[:first])
-        return (slice(start, start + sum(lengths)), owners, self._suffix_mask(max(lengths), owners),
-                *_padding(lengths, self.device))
-
-    def _suffix_mask(self, S, owners):
-        """Return [N or 1, 1, S, P + S] bool: a token sees its prefix, its suffix up to itself."""
-        P, device = max(self.prefix_lengths), self.device
-        causal_SS = torch.ones(S, S, dtype=torch.bool, device=device).tril()
-        lengths_B1 = torch.tensor(self.prefix_lengths, device=device)[:, None]
-        prefix_BP = torch.arange(P, device=device) < lengths_B1
-        seen_NP = prefix_BP[owners] if len(set(self.prefix_lengths)) > 1 else prefix_BP[:1]
-        seen_NSP = seen_NP[:, None].expand(-1, S, -1)
-        return torch.cat([seen_NSP, causal_SS.expand(len(seen_NSP), S, S)], dim=-1)[:, None]
-
-    @cached_property
-    def varlen(self) -> tuple:
-        """Return what variable-length kernels read: lengths, and the gather of the keys.
-
-        Cumulative and largest lengths of prefixes, of suffixes and of [prefix, suffix] pairs; the
-        gather lays the keys of those pairs end to end.
-        """
-        P, S, owners = self.prefix_lengths, self.suffix_lengths, self.owners.tolist()
-        L = [P[b] + s for b, s in zip(owners, S)]
-        P_cu, S_cu, L_cu = (torch.tensor([0] + lengths).cumsum(0) for lengths in (P, S, L))
-        keys = [torch.cat([torch.arange(P_cu[b], P_cu[b + 1]),
-                           torch.arange(S_cu[n], S_cu[n + 1]) + P_cu[-1]])
-                for n, b in enumerate(owners)]
-        keys = torch.cat(keys).to(self.device) if keys else None
-        bounds = [(cu.to(self.device, torch.int32), max(lengths, default=0))
-                  for cu, lengths in ((P_cu, P), (S_cu, S), (L_cu, L))]
-        return *bounds, keys
-
-
-def _padding(lengths, device):
-    """Return the gathers from packed [T] to padded [N, S] and from padded.flatten() back.
-
-    Both are None where all lengths are equal, so that a view does. Padding slots repeat token 0;
-    nothing reads them.
-    """
-    if len(set(lengths)) <= 1:
-        return None, None
-    S, starts = max(lengths), [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    index = torch.arange(S)[None].repeat(len(lengths), 1)
-    valid = index < torch.tensor(lengths)[:, None]
-    pad = torch.where(valid, index + torch.tensor(starts[:-1])[:, None], 0).flatten()
-    return pad.to(device), valid.flatten().nonzero()[:, 0].to(device)
-
-
-def _pad(x_HTE, rows, index):
-    """Turn packed [H, T, E] into padded [rows, H, S, E]."""
-    if index is not None:
-        x_HTE = x_HTE.index_select(1, index)
-    return x_HTE.unflatten(1, (rows, -1)).transpose(0, 1)
-
-
-def _unpad(x_NSHE, index):
-    """Turn padded [N, S, H, E] into packed [T, H, E]."""
-    x = x_NSHE.flatten(0, 1)
-    return x if index is None else x.index_select(0, index)
-
-
-def grouped_attention(q_NHSE: Tensor, k_NKLE: Tensor, v_NKLE: Tensor, scale: float,
-                      mask: Tensor) -> Tensor:
-    """Attend where H/K query heads share a key head; return [N, S, H, E].
-
-    They are folded into the query axis, nothing is repeated. mask: bool [N or 1, 1, S, L].
-    """
-    N, H, S, E = q_NHSE.shape
-    K, group = k_NKLE.shape[1], H // k_NKLE.shape[1]
-    if group > 1:
-        mask = mask.repeat(1, 1, group, 1)
-    q = q_NHSE.reshape(N, K, group * S, E)
-    out = F.scaled_dot_product_attention(q, k_NKLE, v_NKLE, attn_mask=mask, scale=scale)
-    return out.reshape(N, K, group, S, E).permute(0, 3, 1, 2, 4).flatten(2, 3)
-
-
-def tree_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
-                   attention_mask: None, scaling: float | None = None, tree: Tree | None = None,
-                   **unused: Any) -> tuple[Tensor, None]:
-    """Attend by the row's tree; transformers calls this in every text layer.
-
-    query [1, H, T, E], key and value [1, K, T, E] -> [1, T, H, E]. Two calls: causal over the
-    prefixes, then suffix queries over [own prefix, own suffix], causal from the bottom right.
-    """
-    assert query.shape[0] == 1 and tree is not None, "one packed row and its tree"
-    q, k, v = query[0], key[0], value[0]
-    kernel = KERNELS[module.config._attn_implementation]
-    if kernel and tree.cache is None and tree.store is None:
-        return tree_attention_varlen(q, k, v, scaling, tree, kernel)[None], None
-    T_P, B = tree.prefix_tokens, len(tree.prefix_lengths)
-    parts = []
-    if T_P:
-        q_BHPE, k_BKPE, v_BKPE = (_pad(x[:, :T_P], B, tree.prefix_pad) for x in (q, k, v))
-        out_BHPE = F.scaled_dot_product_attention(q_BHPE, k_BKPE, v_BKPE, is_causal=True,
-                                                  scale=scaling, enable_gqa=True)
-        parts.append(_unpad(out_BHPE.transpose(1, 2), tree.prefix_unpad))
-    else:
-        k_BKPE, v_BKPE = (x[module.layer_idx] for x in (tree.cache.keys, tree.cache.values))
-    for tokens, owners, mask, pad, unpad in tree.runs:
-        q_NHSE, k_NKSE, v_NKSE = (_pad(x[:, tokens], len(owners), pad) for x in (q, k, v))
-        k_NKLE, v_NKLE = (torch.cat([prefix.index_select(0, owners), suffix], dim=2)
-                          for prefix, suffix in ((k_BKPE, k_NKSE), (v_BKPE, v_NKSE)))
-        out = grouped_attention(q_NHSE, k_NKLE, v_NKLE, scaling, mask)
-        parts.append(_unpad(out, unpad))
-    if tree.store is not None:
-        tree.store.append((k_BKPE, v_BKPE) if T_P else (k_NKSE, v_NKSE))
-    return torch.cat(parts)[None], None
-
-
-def tree_attention_varlen(q_HTE: Tensor, k_KTE: Tensor, v_KTE: Tensor, scaling: float, tree: Tree,
-                          kernel: Callable) -> Tensor:
-    """Attend in the same two calls with a variable-length kernel, unpadded; return [T, H, E]."""
-    q, k, v = (x.transpose(0, 1) for x in (q_HTE, k_KTE, v_KTE))
-    (cu_P, P), (cu_S, S), (cu_L, L), keys = tree.varlen
-    T_P = tree.prefix_tokens
-    out = [kernel(q[:T_P], k[:T_P], v[:T_P], cu_P, cu_P, P, P, scaling)]
-    if tree.suffix_lengths:
-        out.append(kernel(q[T_P:], k[keys], v[keys], cu_S, cu_L, S, L, scaling))
-    return torch.cat(out)
-
-
-def torch_kernel(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int,
-                 max_k: int, scale: float) -> Tensor:
-    """Attend within sequences of [T, heads, E], causal from the bottom right, by torch's kernel."""
-    return _varlen_attn()(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(-1, 0))
-
-
-@cache
-def _varlen_attn():
-    """Return torch's kernel for query heads that share key heads: torch 2.11 need not be told."""
-    from torch.nn.attention.varlen import varlen_attn  # CUDA alone needs it
-    told = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    return partial(varlen_attn, enable_gqa=True) if told else varlen_attn
-
-
-def flash_kernel(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int,
-                 max_k: int, scale: float) -> Tensor:
-    """Attend as torch_kernel does, by the flash-attn package."""
-    return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale,
-                                  causal=True)
-
-
-# Scoring's kernel by the name that a model's config holds; sampling is padded in any case.
-KERNELS = {"prefix_tree": None, "prefix_tree_torch": torch_kernel, "prefix_tree_fa2": flash_kernel}
-for name in KERNELS:
-    AttentionInterface.register(name, tree_attention)
-
-
-def attention_names(attention: str, on_cuda: bool, dtype: torch.dtype) -> dict[str, str]:
-    """Return what transformers is to use in text and vision for auto, torch, flash or sdpa.
-
-    auto: the flash-attn package where it is installed, else torch's variable-length kernel; both
-    are for bfloat16 on CUDA, and anything else is padded and goes through scaled_dot_product.
-    """
-    fits, package = on_cuda and dtype != torch.float32, flash_attn_varlen_func is not None
-    if attention == "flash" and not (fits and package):
-        raise ValueError("--attention flash needs CUDA, bfloat16 and the flash-attn package")
-    if attention == "torch" and not fits:
-        raise ValueError("--attention torch needs CUDA and bfloat16")
-    if not fits or attention == "sdpa":
-        return {"text_config": "prefix_tree", "vision_config": "sdpa"}
-    if attention == "torch" or not package:
-        return {"text_config": "prefix_tree_torch", "vision_config": "sdpa"}
-    return {"text_config": "prefix_tree_fa2", "vision_config": "flash_attention_2"}
-
-
-# ---------------------------------------------------------------------------------------------
-# Positions
-
-
-def mrope(segment: Any, start: int, config: Any) -> tuple[Tensor, int]:
-    """Return M-RoPE positions [3, n] of a segment that starts at `start`, and the one after it.
-
-    Text counts up on all three axes. An image or video starts after the text before it; its
-    temporal axis counts floor(t * seconds_per_grid * tokens_per_second) for Qwen2.5-VL and stands
-    still within a placeholder run for Qwen3-VL; what follows starts at the largest position so far
-    plus one: the rule of the released checkpoints (transformers 5.3 and later let text overlap a
-    long video's temporal positions, which is not what they were trained with).
-    """
-    ids = segment.ids.tolist()
-    visual = {config.image_token_id, config.video_token_id}
-    merge, grids = config.vision_config.spatial_merge_size, []
-    for (t, h, w), seconds in zip(segment.grids.tolist(), segment.seconds_per_grid.tolist()):
-        if config.model_type.startswith("qwen3"):  # one run of placeholders per temporal patch
-            grids += [(1, h // merge, w // merge, 0.0)] * t
-        else:
-            grids.append((t, h // merge, w // merge, seconds))
-    speed = getattr(config.vision_config, "tokens_per_second", 0)
-    parts, position, i = [], start, 0
-    for t, h, w, seconds in grids:
-        run = i
-        while ids[run] not in visual:
-            run += 1
-        parts.append(torch.arange(position, position + run - i).expand(3, -1))
-        position += run - i
-        steps = (torch.arange(t) * (seconds * speed)).long()
-        axes = torch.meshgrid(steps, torch.arange(h), torch.arange(w), indexing="ij")
-        parts.append(torch.stack(axes).flatten(1) + position)
-        position = int(parts[-1].max()) + 1
-        i = run + t * h * w
-        assert set(ids[run:i]) <= visual and i <= len(ids), "pixels without placeholders"
-    assert not any(token in visual for token in ids[i:]), "placeholders without pixels"
-    parts.append(torch.arange(position, position + len(ids) - i).expand(3, -1))
-    return torch.cat(parts, dim=1), position + len(ids) - i
-
 
 # ---------------------------------------------------------------------------------------------
 # Checkpoints as their authors publish them
 
-# What loads, by model type, and what reads its prompts; docs/data.md says why others do not.
-FAMILIES = {"qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}
 UNREADABLE = (OSError, ValueError, TypeError, RuntimeError, AttributeError, KeyError,
               SafetensorError, StrictDataclassError, TemplateError)
 
@@ -345,8 +58,8 @@ def read_checkpoint(path: str | Path, attention: dict[str, str],
             return _read_adapted(Path(path), attention, blank)
         written, _ = PreTrainedConfig.get_config_dict(path)
         if (kind := written.get("model_type")) not in FAMILIES:
-            raise ValueError(f"its model type is {kind}, and only {' and '.join(FAMILIES)} are "
-                             "supported (docs/data.md, \"Which checkpoints load\")")
+            raise ValueError(f"its model type is {kind}, and only {', '.join(FAMILIES)} are "
+                             "supported (docs/models.md)")
         if "quantization_config" in written:
             raise ValueError("its weights are quantised, and cannot be trained")
         config = AutoConfig.from_pretrained(path)
@@ -374,7 +87,7 @@ def _processor(path, config):
     Its tokenizer's EOS becomes the token that the chat template ends an answer with.
     """
     # told the config, it looks up no name: Qwen2_5_VLImageProcessor is of transformers 4.49
-    processor = FAMILIES[config.model_type].from_pretrained(path, config=config)
+    processor = FAMILIES[config.model_type].processor.from_pretrained(path, config=config)
     tokenizer, rows = processor.tokenizer, config.text_config.vocab_size
     for token, id in ((processor.image_token, config.image_token_id),
                       (processor.video_token, config.video_token_id)):
@@ -507,6 +220,13 @@ def local(weights: Iterable[Tensor]) -> list[Tensor]:
 
 
 @dataclass
+class Features:
+    """The vision tower's output for some segments [v, D], and Qwen3-VL's deepstack [v, D] each."""
+    embeddings: Tensor
+    deepstack: list[Tensor]
+
+
+@dataclass
 class Completion:
     """A sampled row: ids [C] through EOS (or cut at the limit), and their log-probs [C] in fp32."""
     ids: Tensor
@@ -522,6 +242,7 @@ class Student(nn.Module):
         super().__init__()
         self.model, self.processor, self.trainable = model, processor, trainable
         self.record = None  # see DecodeRows
+        recur(model)
         self.adapted = [layer for layer in model.modules() if isinstance(layer, Adapted)]
         for name, weight in model.named_parameters():
             left = freeze_vision and ".visual." in name or self.adapted and ".lora_" not in name
@@ -711,8 +432,8 @@ class Student(nn.Module):
         lengths, features = [len(p.ids) for p in prefixes], self.features(prefixes)
         tree = Tree(lengths, [], [], self.device, store=[])
         self.hidden(ids_T, positions_3T, features, tree)
-        keys, values = ([x.contiguous() for x in layers] for layers in zip(*tree.store))
-        return Cache(lengths, ends, keys, values, features if self.freeze_vision else None)
+        kept = [tuple(x.contiguous() for x in pair) for pair in tree.store]
+        return Cache(lengths, ends, kept, features if self.freeze_vision else None)
 
     @torch.no_grad()
     def sample(self, cache: Cache, suffixes: list, owners: list[int], uniforms: Tensor,
@@ -727,7 +448,8 @@ class Student(nn.Module):
         """
         N, device = len(suffixes), self.device
         ids_T, positions_3T, ends = self.pack(suffixes, [cache.next_position[b] for b in owners])
-        tree = Tree(cache.lengths, [len(s.ids) for s in suffixes], list(owners), device, cache, [])
+        tree = Tree(cache.lengths, [len(s.ids) for s in suffixes], list(owners), device,
+                    cache.layers, [])
         hidden_TD = self.hidden(ids_T, positions_3T, self.features(suffixes), tree)
         last = torch.tensor(tree.suffix_lengths, device=device).cumsum(0) - 1
         hidden_ND = hidden_TD[last]
@@ -834,9 +556,13 @@ class Student(nn.Module):
                 A, B = (state.pop(f"{name[:-1]}{part}").float() for part in "AB")
                 name = f"{name.removesuffix('.lora_A')}.weight"
                 state[name] = torch.addmm(state[name].float(), B, A, alpha=self.adapted[0].scale)
+            turned = FAMILIES[config.model_type].transposed
+            if turned:  # transformers turns them as it reads, and not as it writes
+                state |= {name: weight.mT.contiguous() for name, weight in state.items()
+                          if ".experts." in name}
             state = {name: weight.to(dtype) for name, weight in state.items()}
             with _no_bars():
-                model.save_pretrained(folder, state_dict=state)
+                model.save_pretrained(folder, state_dict=state, save_original_format=not turned)
             for part in (config, config.text_config, config.vision_config):
                 part.dtype = dtype
             config.save_pretrained(folder)  # again: it said the type that the master weights have
@@ -984,221 +710,3 @@ def shard(student: Student, device: torch.device, dtype: torch.dtype, master: bo
     for name in ("prefill", "sample"):
         fsdp.register_fsdp_forward_method(student, name)
     return student
-
-
-# ---------------------------------------------------------------------------------------------
-# Decoding one token per row
-
-
-class DecodeRows:
-    """The growing key-value cache of N rows, and the one-token forward through the layers.
-
-    A prefix's keys and values stand once, whatever the number of its rows: the queries of all its
-    rows meet them in one product. A row's own slots are [suffix, padded | completion], so that a
-    step writes the same slot of all (`own`: per layer keys and values [2, n, L, E]); one softmax
-    runs over prefix and own slots.
-
-    `record` (cuda_graph) makes a step's kernels, on slots whose number then is fixed for many
-    steps, into a function that repeats them; without it a step sees just the slots in use.
-
-    Dimensions: R rows of the prompt that has most, g query heads of one key head, b = B K, n = N K.
-    """
-
-    def __init__(self, model: nn.Module, cache: Cache, tree: Tree, ends: list[int],
-                 max_completion: int, record: Callable | None = None):
-        text, lengths, device = model.model.language_model, tree.suffix_lengths, tree.device
-        self.record, self.recorded = record, 0
-        self.slots_L = torch.arange(max(lengths) + max_completion, device=device)
-        self.at_1 = self.slots_L[:1].clone()
-        self.embed, self.norm, self.base = text.embed_tokens, text.norm, max(lengths)
-        self.layers = [_modules(layer, cache.linear) for layer in text.layers]
-        self.key_heads = cache.keys[0].shape[1]
-        self.prefixes = [(keys.flatten(0, 1), values.flatten(0, 1))
-                         for keys, values in zip(cache.keys, cache.values)]
-        self.own = [F.pad(torch.stack(pair).flatten(1, 2), (0, 0, 0, max_completion))
-                    for pair in tree.store]
-        self.prefix_bias = self.own_bias = None
-        dtype = cache.keys[0].dtype
-        if len(set(cache.lengths)) > 1:
-            slots_P = torch.arange(cache.keys[0].shape[2], device=device)
-            self.prefix_bias = _bias(slots_P < _column(cache.lengths, device), dtype)
-        if len(set(lengths)) > 1 or record:
-            own = (self.slots_L < _column(lengths, device)) | (self.slots_L >= self.base)
-            self.own_bias = _bias(own, dtype)
-        positions_NC = _column(ends, device) + torch.arange(max_completion, device=device)
-        cos, sin = text.rotary_emb(cache.keys[0], positions_NC.expand(3, -1, -1))
-        sin[..., :sin.shape[-1] // 2] *= -1  # the sign of the half-split rotation
-        self.cos_NC1E, self.sin_NC1E = cos[:, :, None], sin[:, :, None]
-        self.prompts = list(range(len(cache.lengths)))
-        self._place(tree.owners.tolist())
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows only."""
-        self.recorded = 0
-        self.own = [self._some(own, rows, 1) for own in self.own]
-        self.own_bias = None if self.own_bias is None else self.own_bias[rows]
-        self.cos_NC1E, self.sin_NC1E = self.cos_NC1E[rows], self.sin_NC1E[rows]
-        self._place([self.owners[n] for n in rows.tolist()])
-
-    def _place(self, owners):
-        """Lay the rows out by prompt: grid [B, R] of row numbers, short rows filled up with any."""
-        self.owners, live = owners, sorted(set(owners))
-        if live != self.prompts:
-            kept = torch.tensor([self.prompts.index(b) for b in live], device=self.own[0].device)
-            self.prefixes = [(self._some(keys, kept), self._some(values, kept))
-                             for keys, values in self.prefixes]
-            self.prefix_bias = None if self.prefix_bias is None else self.prefix_bias[kept]
-            self.prompts = live
-        rows = [[n for n, owner in enumerate(owners) if owner == b] for b in live]
-        R, self.grid, self.back = max(len(row) for row in rows), None, None
-        grid = [n for row in rows for n in row + row[:1] * (R - len(row))]
-        if grid != list(range(len(owners))):
-            back = [grid.index(n) for n in range(len(owners))]
-            device = self.own[0].device
-            self.grid, self.back = (torch.tensor(x, device=device) for x in (grid, back))
-
-    def _some(self, x, chosen, dim=0):
-        """Return all heads of the chosen rows or prompts, side by side in dimension `dim`."""
-        x = x.unflatten(dim, (-1, self.key_heads))
-        return x.index_select(dim, chosen).flatten(dim, dim + 1)
-
-    def _together(self, x_ngE):
-        """Lay the rows of one prompt side by side: [B K, R g, E]."""
-        (n, g, E), B, K = x_ngE.shape, len(self.prompts), self.key_heads
-        x = x_ngE.view(n // K, K, g, E)
-        x = x if self.grid is None else x.index_select(0, self.grid)
-        return x.view(B, -1, K, g, E).transpose(1, 2).reshape(B * K, -1, E)
-
-    def _apart(self, x_brE, g):
-        """Undo `_together`: [N K, g, E]."""
-        (b, r, E), K = x_brE.shape, self.key_heads
-        x = x_brE.view(b // K, K, r // g, g, E).transpose(1, 2)
-        x = x if self.back is None else x.flatten(0, 1).index_select(0, self.back)
-        return x.reshape(-1, g, E)
-
-    def _attend(self, q_NHE, layer, slots, own_bias):
-        """Return softmax(q kᵀ / √E) v over [prefix, own slots] of every row: [N, H E]."""
-        (keys_bPE, values_bPE), (keys_nLE, values_nLE) = self.prefixes[layer], self.own[layer]
-        keys_nLE, values_nLE = keys_nLE[:, :slots], values_nLE[:, :slots]
-        (N, H, E), P = q_NHE.shape, keys_bPE.shape[1]
-        q_ngE = (q_NHE * E ** -0.5).view(len(keys_nLE), -1, E)
-        prefix_brP = torch.bmm(self._together(q_ngE), keys_bPE.transpose(1, 2))
-        own_ngL = torch.bmm(q_ngE, keys_nLE.transpose(1, 2))
-        if self.prefix_bias is not None:
-            prefix_brP.unflatten(0, (-1, self.key_heads)).add_(self.prefix_bias)
-        if own_bias is not None:
-            own_ngL.unflatten(0, (N, -1)).add_(own_bias)
-        scores = torch.cat([prefix_brP, self._together(own_ngL)], dim=-1)
-        p = scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
-        out_ngE = self._apart(torch.bmm(p[..., :P], values_bPE), q_ngE.shape[1])
-        own_ngL = self._apart(p[..., P:], q_ngE.shape[1])
-        return torch.baddbmm(out_ngE, own_ngL, values_nLE).view(N, H * E)
-
-    @torch.inference_mode()  # without autograd's bookkeeping, which takes time even unused
-    def step(self, token_N: Tensor, t: int) -> Tensor:
-        """Return hidden states [N, D] after the t-th completion token of every row."""
-        self.at_1.fill_(self.base + t)
-        if self.record is None:
-            return self._forward(token_N, self.base + t + 1)
-        if self.base + t >= self.recorded:
-            self.recorded = slots = RECORDED_SLOTS * ((self.base + t) // RECORDED_SLOTS + 1)
-            self.token_N = token_N.clone()
-            self.repeat = self.record(lambda: self._forward(self.token_N, slots))
-        self.token_N.copy_(token_N)
-        return self.repeat()
-
-    def _forward(self, token_N, slots):
-        """Write the tokens' keys and values at slot `at_1` and attend to the first `slots`."""
-        x_ND, E, K = self.embed(token_N), self.cos_NC1E.shape[-1], self.key_heads
-        N = len(x_ND)
-        cos_N1E, sin_N1E = (x.index_select(1, self.at_1 - self.base)[:, 0]
-                            for x in (self.cos_NC1E, self.sin_NC1E))
-        bias = self.own_bias if self.own_bias is None else self.own_bias[..., :slots]
-        if self.record:  # slots that are still to be written
-            bias = bias.masked_fill(self.slots_L[:slots] > self.at_1, float("-inf"))
-        for layer, (norm1, qkv, q_norm, k_norm, out, norm2, gate_up, act, down) in \
-                enumerate(self.layers):
-            y_NHE = qkv(norm1(x_ND)).view(N, -1, E)
-            H = y_NHE.shape[1] - 2 * K  # heads of queries, then of keys, then of values
-            if q_norm is not None:
-                y_NHE[:, :H], y_NHE[:, H:-K] = q_norm(y_NHE[:, :H]), k_norm(y_NHE[:, H:-K])
-            y_NHE[:, :-K] = _rotate(y_NHE[:, :-K], cos_N1E, sin_N1E)
-            own_2n1E = y_NHE[:, H:].view(N, 2, K, E).transpose(0, 1).reshape(2, N * K, 1, E)
-            self.own[layer].index_copy_(2, self.at_1, own_2n1E)
-            x_ND = x_ND + out(self._attend(y_NHE[:, :H], layer, slots, bias))
-            gate_NI, up_NI = gate_up(norm2(x_ND)).chunk(2, dim=-1)
-            x_ND = x_ND + down(act(gate_NI) * up_NI)
-        return self.norm(x_ND)
-
-
-@cache
-def recording_stream() -> torch.cuda.Stream:
-    """Return the process's one stream to record on: cuBLAS keeps a workspace for each stream."""
-    return torch.cuda.Stream()
-
-
-def cuda_graph(work: Callable) -> Callable:
-    """Record work()'s kernels; return what repeats them, each call into the last one's output."""
-    stream, now = recording_stream(), torch.cuda.current_stream()
-    stream.wait_stream(now)
-    with torch.cuda.stream(stream):
-        work()  # libraries set themselves up at their first call, which no graph may hold
-    now.wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        out = work()
-
-    def repeat():
-        graph.replay()
-        return out
-    return repeat
-
-
-def _modules(layer, linear):
-    """Return a layer's parts in order of use; `linear` makes its linear layers fit for few rows."""
-    attention, mlp = layer.self_attn, layer.mlp
-    return (layer.input_layernorm, linear(attention.q_proj, attention.k_proj, attention.v_proj),
-            getattr(attention, "q_norm", None), getattr(attention, "k_norm", None),
-            linear(attention.o_proj), layer.post_attention_layernorm,
-            linear(mlp.gate_proj, mlp.up_proj), mlp.act_fn, linear(mlp.down_proj))
-
-
-def packed(layers: tuple[nn.Linear, ...]) -> Callable:
-    """Return linear layers that read the same few rows as one function, outputs side by side.
-
-    On a CPU in fp32 it is one product with a copy of their weights in the blocked order of oneDNN,
-    which is faster for few rows; elsewhere the layers themselves.
-    """
-    weight = layers[0].weight
-    if weight.is_cuda or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        if len(layers) == 1:
-            return layers[0]
-        return lambda x_ND: torch.cat([layer(x_ND) for layer in layers], dim=-1)
-    weight = torch.cat([layer.weight.detach() for layer in layers])
-    bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
-    blocked = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_AT_ONCE)
-
-    def product(x_ND):
-        return torch.ops.mkldnn._linear_pointwise(x_ND, blocked, bias, "none", [], "")
-
-    if not any(isinstance(layer, Adapted) for layer in layers):
-        return product
-    pairs = [(layer.lora_A, layer.lora_B * layer.scale) if isinstance(layer, Adapted) else
-             (layer.weight[:0], layer.weight[:, :0]) for layer in layers]
-    A, B = torch.cat([A for A, _ in pairs]), torch.block_diag(*(B for _, B in pairs)).T
-    return lambda x_ND: torch.addmm(product(x_ND), x_ND @ A.T, B)
-
-
-def _column(numbers, device):
-    return torch.tensor(numbers, device=device)[:, None]
-
-
-def _bias(seen_NL, dtype):
-    """Return what to add to attention scores [N, K, ·, L]: 0 where seen, else -inf."""
-    zeros = torch.zeros(seen_NL.shape, dtype=dtype, device=seen_NL.device)
-    return zeros.masked_fill(~seen_NL, float("-inf"))[:, None, None]
-
-
-def _rotate(x_NHE, cos, sin):
-    """Rotate by position in Qwen's half-split layout; the first half of `sin` is negative."""
-    return torch.addcmul(x_NHE * cos, x_NHE.roll(x_NHE.shape[-1] // 2, -1), sin)

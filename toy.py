@@ -1,6 +1,6 @@
 """A small world that runs anywhere: video clips, questions with annotated evidence, a tiny student.
 
-    python toy.py FOLDER [--seed 0 --train 480 --heldout 200 --warm 2000]
+    python toy.py FOLDER [--seed 0 --train 480 --heldout 200 --warm 2000 --family qwen2_5_vl]
 
 FOLDER/videos/*.mp4     H.264 clips of 8 s, in which 2 to 4 cards of different colours show up, one
                         after another, each for a second in one of four corners
@@ -11,7 +11,8 @@ FOLDER/warm.json        rows with a `process` for the warm start, of two kinds: 
                         row with evidence), or it guesses (a row without). About some questions
                         it mostly guesses; that habit is what there is to repair.
 FOLDER/template.txt     the question's wording
-FOLDER/model/           a Qwen2.5-VL of under a million weights, with tokenizer and processor
+FOLDER/model/           a Qwen2.5-VL, or Qwen3.5, of under a million weights, with tokenizer and
+                        processor
 
 No clip is in two of the files. heldout.json is written last: where it is, the world is complete.
 
@@ -42,7 +43,8 @@ CORNERS = {"top left": (0.0, 0.0, 0.5, 0.5), "top right": (0.5, 0.0, 1.0, 0.5),
            "bottom left": (0.0, 0.5, 0.5, 1.0), "bottom right": (0.5, 0.5, 1.0, 1.0)}
 ORDER = ("first", "second", "third", "fourth")
 GUESSED = 0.99  # share of guesses among the warm start's rows of a kind that is ever guessed
-WEIGHTS = Path(__file__).with_name("toy_student.safetensors")  # of a student that can look
+WEIGHTS = {family: Path(__file__).with_name(name) for family, name in (  # of students that can look
+    ("qwen2_5_vl", "toy_student.safetensors"), ("qwen3_5", "toy_student_qwen3_5.safetensors"))}
 
 TEMPLATE = "{question} Think, then answer."
 CHAT_TEMPLATE = (
@@ -222,8 +224,9 @@ def new_tokenizer(texts: Iterable[str]) -> transformers.PreTrainedTokenizerFast:
         additional_special_tokens=SPECIAL)
 
 
-def new_model(tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.PreTrainedModel:
-    """Return a random Qwen2.5-VL: 3 text layers of width 128, one vision layer.
+def new_model(tokenizer: transformers.PreTrainedTokenizerFast,
+              family: str) -> transformers.PreTrainedModel:
+    """Return a random model: 3 text layers (Qwen3.5: 4) of width 128, one vision layer.
 
     initializer_range is three times the usual one: at this width, smaller weights learn slower.
     """
@@ -238,15 +241,23 @@ def new_model(tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.P
                 pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=False)
     vision = dict(depth=1, hidden_size=64, intermediate_size=128, num_heads=2, patch_size=14,
                   temporal_patch_size=2, spatial_merge_size=2, out_hidden_size=128,
-                  window_size=112, fullatt_block_indexes=[0], tokens_per_second=2,
                   initializer_range=0.06)
-    config = transformers.Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
+    if family == "qwen2_5_vl":
+        vision |= dict(window_size=112, fullatt_block_indexes=[0], tokens_per_second=2)
+    else:  # three recurrent layers and one that attends; half of its 64-wide heads are turned
+        rope |= dict(mrope_section=[6, 5, 5], partial_rotary_factor=0.5)
+        text |= dict(num_hidden_layers=4, intermediate_size=192, num_attention_heads=2,
+                     num_key_value_heads=1, head_dim=64, linear_num_key_heads=2,
+                     linear_num_value_heads=4, linear_key_head_dim=32, linear_value_head_dim=32)
+        vision |= dict(num_position_embeddings=16)
+    config = transformers.AutoConfig.for_model(
+        family, text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
     return transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
 
 
-def corpus() -> list[str]:
+def corpus(family: str) -> list[str]:
     """Return the tokenizer's training texts: the same for every world, since weights go with it."""
+    times = [f"<{s / 10:.1f} seconds>" for s in range(10 * SLOTS)] * 20  # before each picture
     rng, texts = random.Random("corpus"), []
     for _ in range(400):
         clip = new_clip(rng)
@@ -255,17 +266,18 @@ def corpus() -> list[str]:
             texts.append(f"system\nuser\nassistant\n{question} {TEMPLATE}\n<think>{trace}</think>\n"
                          f"<answer>{answer}</answer> I guess {answer}.")
     return texts + [wording.format(a=2 * i, b=2 * i + 1, s=i, e=i + 0.5)
-                    for wording in PATCH_WORDING for i in range(SLOTS)] * 20
+                    for wording in PATCH_WORDING for i in range(SLOTS)] * 20 + times * (
+                        family == "qwen3_5")
 
 
-def save_student(folder: Path, seed: int, pretrained: bool) -> None:
+def save_student(folder: Path, seed: int, pretrained: bool, family: str = "qwen2_5_vl") -> None:
     """Write model, tokenizer and processor as one checkpoint folder."""
-    tokenizer = new_tokenizer(corpus())
+    tokenizer = new_tokenizer(corpus(family))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = new_model(tokenizer)
+        model = new_model(tokenizer, family)
     if pretrained:
-        model.load_state_dict({name: w.float() for name, w in load_file(WEIGHTS).items()})
+        model.load_state_dict({name: w.float() for name, w in load_file(WEIGHTS[family]).items()})
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     transformers.utils.logging.disable_progress_bar()  # of a file that takes no time
@@ -273,21 +285,23 @@ def save_student(folder: Path, seed: int, pretrained: bool) -> None:
     transformers.utils.logging.enable_progress_bar()
     pixels = dict(patch_size=14, temporal_patch_size=2, merge_size=2,
                   size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56})
-    transformers.Qwen2_5_VLProcessor(
-        image_processor=transformers.Qwen2VLImageProcessor(**pixels), tokenizer=tokenizer,
-        video_processor=transformers.Qwen2VLVideoProcessor(**pixels), chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(folder)
+    kind, videos = {
+        "qwen2_5_vl": (transformers.Qwen2_5_VLProcessor, transformers.Qwen2VLVideoProcessor),
+        "qwen3_5": (transformers.Qwen3VLProcessor, transformers.Qwen3VLVideoProcessor)}[family]
+    kind(image_processor=transformers.Qwen2VLImageProcessor(**pixels), tokenizer=tokenizer,
+         video_processor=videos(**pixels), chat_template=CHAT_TEMPLATE).save_pretrained(folder)
 
 
 # --- all of it ------------------------------------------------------------------------------------
 
 
 def make(folder: Path | str, seed: int = 0, train: int = 480, heldout: int = 200,
-         warm: int = 2000, guessed: float = GUESSED, pretrained: bool = True) -> None:
+         warm: int = 2000, guessed: float = GUESSED, pretrained: bool = True,
+         family: str = "qwen2_5_vl") -> None:
     """Write the world to `folder` and print what is in it; the same arguments give the same world.
 
     train, heldout, warm: how many questions; guessed: the share of guesses in warm.json.
-    pretrained: whether the student can look already, or has random weights.
+    pretrained: whether the student can look already, or has random weights. family: its model type.
     """
     folder, made = Path(folder), {}
     (folder / "videos").mkdir(parents=True, exist_ok=True)
@@ -299,7 +313,7 @@ def make(folder: Path | str, seed: int = 0, train: int = 480, heldout: int = 200
         clips = len({row["path"] for row in made[split]})
         print(f"{folder / split}.json: {count} questions on {clips} clips")
     (folder / "template.txt").write_text(TEMPLATE)
-    save_student(folder / "model", seed, pretrained)
+    save_student(folder / "model", seed, pretrained, family)
     for split in ("train", "warm", "heldout"):  # a world is complete where heldout.json is
         partial = folder / f"{split}.partial"
         partial.write_text(json.dumps(made[split], indent=1))
@@ -318,6 +332,8 @@ def main(argv: list[str] | None = None) -> None:
                             help=f"{text} (default: {default})")
     parser.add_argument("--guessed", type=float, default=GUESSED,
                         help=f"share of guesses in warm.json (default: {GUESSED})")
+    parser.add_argument("--family", default="qwen2_5_vl", choices=WEIGHTS,
+                        help="the student's model type (default: qwen2_5_vl)")
     parser.add_argument("--random", dest="pretrained", action="store_false",
                         help="give the student random weights, to pretrain it anew")
     make(**vars(parser.parse_args(argv)))

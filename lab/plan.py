@@ -31,10 +31,11 @@ from torch.utils._pytree import tree_iter, tree_map
 
 import ffr
 from guard import money, prices
-from model import Tree, recompute_blocks
+from model import recompute_blocks
 from patch import MAX_GUIDANCE, MAX_REGIONS, Patch
 from runs import Phases, everyone, proc_bytes, used_memory, world_size
 from teacher import Diagnosis, Teacher
+from prefix_tree import Tree
 from video import Clip, still
 
 GIB = 2**30
@@ -264,22 +265,23 @@ def updating(student: Any, rows: tuple, sharded: bool, again: bool) -> float:
 def rolling(run: Any, prefixes: list, rows: int, suffix: Any, packs: bool) -> float:
     """Return the peak of prefill and of decoding so many rows of each prefix, as Student.sample.
 
-    packs: the layers stand once more, laid out for few rows (model.packed).
+    packs: the layers stand once more, laid out for few rows (decode.packed).
     """
     student, owners = run.student, [b for b in range(len(prefixes)) for _ in range(rows)]
     suffixes = [suffix] * len(owners)
     with Live(student) as live:
         cache = student.prefill(prefixes)
         ids_T, positions_3T, _ = student.pack(suffixes, [cache.next_position[b] for b in owners])
-        tree = Tree(cache.lengths, [len(s.ids) for s in suffixes], owners, student.device, cache,
-                    [])
+        tree = Tree(cache.lengths, [len(s.ids) for s in suffixes], owners, student.device,
+                    cache.layers, [])
         student.hidden(ids_T, positions_3T, student.features(suffixes), tree)
-        (N, K, S, E), size = tree.store[0][0].shape, tree.store[0][0].element_size()
-        own = 2 * len(tree.store) * N * K * (S + run.config.max_completion) * E * size
-        logits = DRAWING * 4 * N * student.model.config.text_config.vocab_size
+        S, C = len(suffix.ids), run.config.max_completion
+        own = sum(x.nbytes * (1 if pair[0].ndim == 3 else (S + C) / S)  # windows, states stay
+                  for pair in tree.store for x in pair)
+        logits = DRAWING * 4 * len(owners) * student.model.config.text_config.vocab_size
         layers = [*student.model.model.language_model.layers.parameters(),
                   student.model.lm_head.weight]
-        packed = packs * size * count(p for p in layers if p.ndim > 1)
+        packed = packs * sum(p.nbytes for p in layers if p.ndim == 2)
         return max(live.top, live.now + own + logits) + packed
 
 

@@ -47,25 +47,29 @@ from statistics import mean, median
 from types import SimpleNamespace
 
 import torch
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen3VLConfig
+from transformers import (AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen3_5Config,
+                          Qwen3VLConfig)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's flat files
 import ffr
 import tiny
-from model import Student, attention_names, cuda_graph, mrope, recompute_blocks
+from decode import cuda_graph
+from model import Student, recompute_blocks
 from runs import used_memory
+from prefix_tree import attention_names, mrope
 
 HEADER, PATCH = 5, 75  # tokens of a header, and of the patch before it in a repair
 BETA, TOP_P = 0.04, 0.95
 FORBIDDEN = list(range(tiny.IMAGE, tiny.EOS + 2))  # vision tokens and EOS
 SMALL = (512, 1408, 4, 8, 2, 8192), (160, 432, 3, 4, [2])
 LARGE = 1280, 3420, 32, 16, [7, 15, 23, 31]
-QWEN3 = "qwen3", "8b"
+QWEN3, QWEN3_5 = ("qwen3", "8b"), ("qwen3_5", "9b")
 # width, inner width, layers, heads, key heads, vocabulary; the tower's, and its full or deep layers
 MODELS = {
     "cpu": SMALL, "qwen3": SMALL, "3b": ((2048, 11008, 36, 16, 2, 151936), LARGE),
     "7b": ((3584, 18944, 28, 28, 4, 152064), LARGE),
-    "8b": ((4096, 12288, 36, 32, 8, 151936), (1152, 4304, 27, 16, [8, 16, 24]))}
+    "8b": ((4096, 12288, 36, 32, 8, 151936), (1152, 4304, 27, 16, [8, 16, 24])),
+    "qwen3_5": SMALL, "9b": ((4096, 12288, 32, 16, 4, 248320), (1152, 4304, 27, 16, []))}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -88,6 +92,12 @@ def make_config(name):
         deep = full if name == "8b" else [0, 1]
         vision |= dict(num_position_embeddings=576, deepstack_visual_indexes=deep)
         return Qwen3VLConfig(text_config=text | {"head_dim": E}, vision_config=vision, **rest)
+    if name in QWEN3_5:  # three layers of four are recurrent, with twice as many heads of values
+        rope |= {"partial_rotary_factor": 0.25, "mrope_section": [E // 32] * 2 + [E // 16]}
+        text |= dict(head_dim=E, linear_num_key_heads=heads, linear_num_value_heads=2 * heads,
+                     linear_key_head_dim=E // 2, linear_value_head_dim=E // 2)
+        vision |= dict(num_position_embeddings=576)
+        return Qwen3_5Config(text_config=text, vision_config=vision, **rest)
     vision |= dict(window_size=112, fullatt_block_indexes=full, tokens_per_second=2)
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **rest)
 
@@ -127,7 +137,8 @@ def make_prefix(model, P):
     The clip is so short that all frames have one temporal position, as Hugging Face's rules (that
     of transformers 5.17 cuts seconds off to whole ones) and the checkpoints' agree.
     """
-    family, side = "qwen3_vl" if model in QWEN3 else "qwen2_5_vl", 2 * math.isqrt((P - 60) // 8)
+    family, side = "qwen3_vl" if model in QWEN3 + QWEN3_5 else "qwen2_5_vl", 2 * math.isqrt(
+        (P - 60) // 8)
     without = tiny.video(family, 8, side, side, 0)
     return tiny.video(family, 8, side, side, P - len(without.ids), seconds=0.05)
 
@@ -375,7 +386,8 @@ def operations(models, prefix, rows, logits, clips):
     tower = size(inner.visual.blocks) + size(inner.visual.merger) / 4
     tower += 2 * seen * vision.hidden_size
     pairs = sum(n * before + n * (n + 1) / 2 for n, before in rows)
-    return (2 * clips * t * h * w * tower + 4 * pairs * text.hidden_size * text.num_hidden_layers
+    attending = sum(hasattr(layer, "self_attn") for layer in inner.language_model.layers)
+    return (2 * clips * t * h * w * tower + 4 * pairs * text.hidden_size * attending
             + 2 * sum(n for n, _ in rows) * size(inner.language_model.layers)
             + 2 * logits * text.vocab_size * text.hidden_size)
 

@@ -55,7 +55,10 @@ import bench
 import ffr
 import model as student_module
 import tiny
-from model import Student, Tree, add_adapters, attention_names, cuda_graph, tree_attention
+import prefix_tree
+from decode import cuda_graph
+from model import Student, add_adapters
+from prefix_tree import Tree, attention_names, tree_attention
 
 ROOT = Path(__file__).resolve().parent.parent
 READING, TRL = "av jiwer rapidfuzz nltk tqdm pytest".split(), "trl accelerate psutil".split()
@@ -137,7 +140,7 @@ def compare(note: Findings, name: str, tree: Tree, inputs: list, cotangent: torc
     exact = outcome(plain, [x.double() for x in inputs], cotangent)
     floor = [(x - y).abs().max() for x, y in zip(outcome(plain, inputs, cotangent), exact)]
     ways = {"padded": "prefix_tree"} | ({"torch": "prefix_tree_torch"} if cuda else {})
-    if student_module.flash_attn_varlen_func:
+    if prefix_tree.flash_attn_varlen_func:
         ways["flash"] = "prefix_tree_fa2"
     for way, implementation in ways.items():
         for cudnn in (False, True) if cuda and way != "flash" else (False,):
@@ -398,7 +401,7 @@ def rate(student: Student, prefix: tiny.Segment, G: int, C: int, bandwidth: floa
     seconds = timed(lambda: run(C), student.device, 2) - timed(lambda: run(2), student.device, 2)
     weights = sum(p.numel() * p.element_size()
                   for p in [*text.layers.parameters(), student.model.lm_head.weight])
-    kept = sum(x.numel() * x.element_size() for x in [*cache.keys, *cache.values])
+    kept = sum(x.numel() * x.element_size() for pair in cache.layers for x in pair)
     own = kept * G * (C / 2 + 5) / len(prefix.ids)  # of the rows, half full on average
     found = G * (C - 2) / max(seconds, 1e-9)
     return [round(found), round(found / (G * bandwidth / (weights + kept + own)), 3)]
@@ -764,7 +767,7 @@ def about(found: list[str]) -> dict:
     return {"card": name, "driver": driver, "cuda": torch.version.cuda, "torch": torch.__version__,
             "transformers": transformers.__version__, "python": platform.python_version(),
             "commit": commit, "date": time.strftime("%Y-%m-%d"),
-            "flash_attn": bool(student_module.flash_attn_varlen_func)}
+            "flash_attn": bool(prefix_tree.flash_attn_varlen_func)}
 
 
 def write(folder: Path, machine: dict, rows: list[dict], ended: dict[str, str]) -> None:

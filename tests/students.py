@@ -74,8 +74,15 @@ QWEN3_CHAT = (  # tools in a system message, answers of tools in a user's; no sy
     "shown(message.content) ~ '\n</tool_response><|im_end|>\n' }}{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
     "{%- if THINKS %}{{- '<think>\n' }}{%- endif %}{%- endif %}")
+SWITCHED = QWEN3_CHAT.replace(  # Qwen3.5's: it thinks or not as it is told
+    "{%- if THINKS %}{{- '<think>\n' }}{%- endif %}",
+    "{%- if SWITCH %}{{- '<think>\n' }}{%- else %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
+).replace("THINKS", "true")
+TOLD = "enable_thinking is defined and enable_thinking is "
 CHATS = {"qwen2": QWEN2_CHAT, "qwen3": QWEN3_CHAT.replace("THINKS", "false"),
-         "thinking": QWEN3_CHAT.replace("THINKS", "true")}
+         "thinking": QWEN3_CHAT.replace("THINKS", "true"),
+         "thinks unless told": SWITCHED.replace("SWITCH", f"not ({TOLD}false)"),
+         "thinks if told": SWITCHED.replace("SWITCH", f"{TOLD}true")}
 
 GREEDY = {"do_sample": True, "repetition_penalty": 1.05, "temperature": 1e-06}  # Qwen2.5-VL's
 
@@ -89,6 +96,13 @@ LAYOUTS = {
                      image_processor="Qwen2_5_VLImageProcessor"),
     "qwen3_vl": dict(type="qwen3_vl", chat="qwen3",
                      sampling={"do_sample": True, "top_p": 0.8, "top_k": 20, "temperature": 0.7}),
+    "qwen3_vl_moe": dict(type="qwen3_vl_moe", chat="qwen3", sampling={"do_sample": True}),
+    "qwen3_5": dict(type="qwen3_5", chat="thinks unless told", sampling={"do_sample": True},
+                    chat_in=("chat_template.jinja",)),
+    "qwen3_5_small": dict(type="qwen3_5", chat="thinks if told", tied=True,
+                          sampling={"do_sample": True}, chat_in=(WITHIN,)),
+    "qwen3_5_moe": dict(type="qwen3_5_moe", chat="thinks unless told", chat_in=(WITHIN,),
+                        sampling={"do_sample": True}),
     "qwen3_vl_thinking": dict(type="qwen3_vl", chat="thinking", tied=True, chat_in=(APART,),
                               sampling={"do_sample": True, "top_p": 0.95, "top_k": 20}),
 }
@@ -109,7 +123,8 @@ def publish(folder, layout, seed=0, dtype=torch.bfloat16, **changes):
     ends = {"bos_token_id": ids["<|endoftext|>"], "pad_token_id": ids["<|endoftext|>"],
             "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]]}
     _dump(folder / "generation_config.json", ends | how["sampling"] | how["generation"])
-    config = (_qwen3_config if qwen3 else _qwen2_config)(ids, how["tied"])
+    config = _qwen3_config(ids, how["tied"], how["type"]) if qwen3 else \
+        _qwen2_config(ids, how["tied"])
     _dump(folder / "config.json", config | {"model_type": how["type"]})
     _write_weights(folder, qwen3, seed, dtype)
     return str(folder)
@@ -151,6 +166,8 @@ def _write_tokenizer(folder, tokens, how):
         "tokenizer_class": "Qwen2Tokenizer", "unk_token": None})
     if APART in how["chat_in"]:
         _dump(folder / APART, {"chat_template": chat})
+    elif WITHIN not in how["chat_in"]:
+        (folder / "chat_template.jinja").write_text(chat)
     return {token["content"]: id for id, token in added.items()}
 
 
@@ -203,18 +220,35 @@ def _qwen2_config(ids, tied):
             "torch_dtype": "bfloat16", "transformers_version": "4.49.0", "vision_config": vision}
 
 
-def _qwen3_config(ids, tied):
+def _qwen3_config(ids, tied, kind):
     """Return a nested config, as transformers 4.57 wrote it."""
-    vision = {"deepstack_visual_indexes": [0, 1], "depth": 3, "hidden_act": "gelu_pytorch_tanh",
-              "hidden_size": 32, "in_channels": 3, "initializer_range": 0.02,
-              "intermediate_size": 48, "model_type": "qwen3_vl", "num_heads": 2,
-              "num_position_embeddings": 64, "out_hidden_size": 64, "patch_size": 16,
+    recurrent = kind.startswith("qwen3_5")
+    vision = {"deepstack_visual_indexes": [] if recurrent else [0, 1], "depth": 3,
+              "hidden_act": "gelu_pytorch_tanh", "hidden_size": 32, "in_channels": 3,
+              "initializer_range": 0.02, "intermediate_size": 48, "model_type": kind,
+              "num_heads": 2, "num_position_embeddings": 64, "out_hidden_size": 64, "patch_size": 16,
               "spatial_merge_size": 2, "temporal_patch_size": 2}
     text = {**_text_config(ids, tied), "head_dim": 16, "attention_bias": False,
-            "model_type": "qwen3_vl_text", "dtype": "bfloat16", "rope_theta": 5000000,
+            "model_type": f"{kind}_text", "dtype": "bfloat16", "rope_theta": 5000000,
             "rope_scaling": {"mrope_interleaved": True, "mrope_section": [4, 2, 2],
                              "rope_type": "default"}}
-    return {"architectures": ["Qwen3VLForConditionalGeneration"], **_vision_ids(ids),
+    if recurrent:
+        del text["rope_theta"], text["rope_scaling"]
+        text |= {"attn_output_gate": True, "full_attention_interval": 2, "head_dim": 32,
+                 "layer_types": ["linear_attention", "full_attention"], "linear_conv_kernel_dim": 4,
+                 "linear_key_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+                 "linear_value_head_dim": 8, "mamba_ssm_dtype": "float32",
+                 "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False,
+                 "rope_parameters": {"mrope_interleaved": True, "mrope_section": [2, 1, 1],
+                                     "partial_rotary_factor": 0.25, "rope_theta": 10000000,
+                                     "rope_type": "default"}}
+    if kind.endswith("moe"):
+        text |= {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+                 "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+                 "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 24}
+    name = {"qwen3_vl": "Qwen3VL", "qwen3_vl_moe": "Qwen3VLMoe", "qwen3_5": "Qwen3_5",
+            "qwen3_5_moe": "Qwen3_5Moe"}[kind]
+    return {"architectures": [f"{name}ForConditionalGeneration"], **_vision_ids(ids),
             "tie_word_embeddings": tied, "text_config": text, "vision_config": vision,
             "transformers_version": "4.57.0.dev0"}
 
@@ -229,8 +263,12 @@ def _write_weights(folder, qwen3, seed, dtype):
             weight = torch.randn_like(weight) * 0.15
         if not qwen3:  # the names of transformers 4.49
             name = name.replace("model.language_model.", "model.").replace("model.visual", "visual")
+        if ".experts." in name and model.config.model_type == "qwen3_vl_moe":  # as published
+            weight = weight.transpose(1, 2)
         if not (tied and name == "lm_head.weight"):
             weights[name] = weight.to(dtype).contiguous()
+    if model.config.model_type.startswith("qwen3_5"):  # a head for guessing ahead, never loaded
+        weights["mtp.fc.weight"] = torch.zeros(64, 128, dtype=dtype)
     names, files = sorted(weights), {}
     for number, part in enumerate((names[::2], names[1::2]), 1):
         file = f"model-0000{number}-of-00002.safetensors"

@@ -1,10 +1,11 @@
-"""The prefix tree and cached sampling against the plain way, for both families, in fp32."""
+"""The prefix tree and cached sampling against the plain way, for every family, in fp32."""
 
 import json
 import multiprocessing
 import os
 import socket
 import warnings
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 
@@ -20,14 +21,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoModelForImageTextToText
 from transformers.utils.logging import set_tqdm_hook
 
+import decode
 import evaluate
 import model as model_module
 import reward
 import runs
 import train
+import prefix_tree
 from data import Prompts
-from model import (AdapterCopy, Completion, Student, TokenLogp, Tree, cast, grouped_attention,
-                   mrope, recompute_blocks, shard, tree_attention_varlen)
+from model import AdapterCopy, Completion, Student, TokenLogp, cast, recompute_blocks, shard
 from tiny import (
     EOS,
     FAMILIES,
@@ -41,6 +43,7 @@ from tiny import (
     video,
     words,
 )
+from prefix_tree import Tree, grouped_attention, mrope, tree_attention_varlen
 from video import Clip
 
 
@@ -84,6 +87,20 @@ def test_tree_equals_separate_rows(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_suffix_does_not_see_another_one(family):
+    """Catches: a recurrent layer that runs over the packed row, one suffix into the next."""
+    student = tiny_student(family)
+    prefixes, suffixes, owners = [video(family, 4, 4, 4, 11)], [text(3)] * 3, [0, 0, 0]
+    said = [words(9, 1), words(9, 2), words(9, 3)]
+    before, _ = student(prefixes, suffixes, owners, said)
+    for changed in range(3):
+        others = [words(9, 9) if n == changed else ids for n, ids in enumerate(said)]
+        after, _ = student(prefixes, suffixes, owners, others)
+        gaps = (after - before).view(3, 9).abs().amax(1)
+        assert gaps[changed] > 0.1 and (gaps > 1e-5).sum() == 1, gaps
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_several_prompts_equal_one_at_a_time(family):
     """Catches: padding of a shorter prefix that leaks into another prompt's rollouts."""
     student = tiny_student(family)
@@ -104,7 +121,8 @@ def test_cached_greedy_equals_plain_greedy(family, lora):
     student = tiny_student(family, lora=lora)
     prefixes, suffixes, owners = forest(family)
     with torch.no_grad():
-        student.model.lm_head.weight[EOS] *= 2  # rows that end, and not all at once
+        # rows that end, and not all at once
+        student.model.lm_head.weight[EOS] *= 8 if family == "qwen3_vl_moe" else 2
         cache = student.prefill(prefixes)
         got = student.sample(cache, suffixes, owners, torch.zeros(7, 20), 20, temperature=0.0)
         for suffix, b, completion in zip(suffixes, owners, got):
@@ -152,7 +170,7 @@ def test_a_recorded_decode_step_equals_the_growing_one(family, monkeypatch):
     number), so that repeating them is wrong; slots attended to before they are written; a recording
     kept when rows were dropped or the slots ran out.
     """
-    monkeypatch.setattr(model_module, "RECORDED_SLOTS", 16)
+    monkeypatch.setattr(decode, "RECORDED_SLOTS", 16)
     student, recordings, told = tiny_student(family), [], []
     prefixes, suffixes, owners = forest(family)
     uniforms = torch.rand(7, 40, generator=torch.Generator().manual_seed(1))
@@ -172,12 +190,12 @@ def test_a_recorded_decode_step_equals_the_growing_one(family, monkeypatch):
 def test_each_way_to_attend_is_what_its_flag_says(monkeypatch):
     """Catches: --attention that is not heeded, or falls back to another kernel unsaid."""
     def names(attention, on_cuda=True, dtype=torch.bfloat16):
-        return tuple(model_module.attention_names(attention, on_cuda, dtype).values())
+        return tuple(prefix_tree.attention_names(attention, on_cuda, dtype).values())
 
     padded, torchs = ("prefix_tree", "sdpa"), ("prefix_tree_torch", "sdpa")
     flash = "prefix_tree_fa2", "flash_attention_2"
     for package, auto in ((None, torchs), (lambda: None, flash)):
-        monkeypatch.setattr(model_module, "flash_attn_varlen_func", package)
+        monkeypatch.setattr(prefix_tree, "flash_attn_varlen_func", package)
         assert names("auto") == auto and names("torch") == torchs and names("sdpa") == padded
         assert names("auto", False) == names("auto", True, torch.float32) == padded
         for unfit in ((False, torch.bfloat16), (True, torch.float32)):
@@ -186,7 +204,7 @@ def test_each_way_to_attend_is_what_its_flag_says(monkeypatch):
             with pytest.raises(ValueError, match="^--attention flash needs CUDA, bfloat16 and the"):
                 names("flash", *unfit)
     assert names("flash") == flash
-    monkeypatch.setattr(model_module, "flash_attn_varlen_func", None)
+    monkeypatch.setattr(prefix_tree, "flash_attn_varlen_func", None)
     with pytest.raises(ValueError, match="^--attention flash needs"):
         names("flash")
 
@@ -296,14 +314,15 @@ def test_log_probs_and_their_gradients_equal_plain_ones(rows, monkeypatch):
     assert TokenLogp.apply(hidden[:0], head, targets[:0], 0.7, False)[0].shape == (0,)
 
 
-def test_recomputed_activations_give_the_same_gradients():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputed_activations_give_the_same_gradients(family):
     """Catches: activation checkpointing that drops the tree on the second forward."""
     grads = []
     for recompute in (False, True):
-        student = tiny_student("qwen2_5_vl").train()
+        student = tiny_student(family).train()
         if recompute:
             recompute_blocks(student.model)
-        prefixes, suffixes, owners = forest("qwen2_5_vl")
+        prefixes, suffixes, owners = forest(family)
         student(prefixes, suffixes, owners, [words(5, n) for n in range(7)])[0].sum().backward()
         grads.append({name: p.grad for name, p in student.named_parameters()})
     for name in grads[0]:
@@ -343,6 +362,15 @@ def merged_twin(student, family, scale):
     return twin, layers
 
 
+# The linear layers of a tiny model's three; the experts of a layer are no linear layers.
+ATTENDING = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), 1)
+RECURRENT = dict.fromkeys(("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"), 2)
+DENSE = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), 3)
+LINEAR = dict.fromkeys(("qwen2_5_vl", "qwen3_vl"), dict.fromkeys(ATTENDING, 3) | DENSE) | {
+    "qwen3_vl_moe": dict.fromkeys(ATTENDING, 3), "qwen3_5": ATTENDING | RECURRENT | DENSE,
+    "qwen3_5_moe": ATTENDING | RECURRENT | DENSE | {"shared_expert_gate": 3}}
+
+
 @pytest.mark.parametrize("vision", (False, True))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_equal_a_slow_sum_of_weights(family, vision):
@@ -353,10 +381,10 @@ def test_adapters_equal_a_slow_sum_of_weights(family, vision):
     """
     student, scale = tiny_student(family, lora=(4, 6, vision)), 1.5
     twin, layers = merged_twin(student, family, scale)
-    kinds = {name.rpartition(".")[2] for name in layers if "language_model" in name}
-    assert kinds == {f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")}
+    kinds = Counter(name.rpartition(".")[2] for name in layers if "language_model" in name)
+    assert kinds == LINEAR[family]
     linear = [m for m in student.model.model.visual.modules() if isinstance(m, torch.nn.Linear)]
-    assert len(layers) == 3 * 7 + len(linear) * vision and len(linear) > 8
+    assert len(layers) == kinds.total() + len(linear) * vision and len(linear) > 8
     prefixes, suffixes, owners = forest(family)
     completions = [words(n, n) for n in (5, 9, 7, 6, 4, 8, 3)]
     weight = torch.linspace(-1, 1, 42)
@@ -373,7 +401,8 @@ def test_adapters_equal_a_slow_sum_of_weights(family, vision):
         if part:
             dW, A, B = layers[layer].grad, *(before[f"{layer}.lora_{x}"] for x in "AB")
             gradient = scale * (B.T @ dW if part == "A" else dW @ A.T)
-            assert (p.grad - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name
+            rounding = 3e-5 if family == "qwen3_5_moe" else 1e-5  # its sums in fp32 come in chunks
+            assert (p.grad - gradient).norm() <= rounding * gradient.norm() + 1e-7, name
             step = p.grad / (p.grad.abs() + 1e-8) + 0.1 * before[name]
             assert torch.allclose(p, before[name] - 1e-3 * step, atol=1e-5), name
 
@@ -454,7 +483,7 @@ def test_variable_length_attention_equals_padded():
         layer_idx = 0
         config = type("Config", (), {"_attn_implementation": "prefix_tree"})
 
-    padded, _ = model_module.tree_attention(Module, q[None], k[None], v[None], None, scaling=0.3,
+    padded, _ = prefix_tree.tree_attention(Module, q[None], k[None], v[None], None, scaling=0.3,
                                             tree=tree)
     assert (padded[0] - tree_attention_varlen(q, k, v, 0.3, tree, kernel)).abs().max() < 1e-6
 
@@ -531,7 +560,8 @@ def test_a_published_checkpoint_loads_samples_scores_and_comes_back(layout, tmp_
             "<|vision_start|>" + "<|video_pad|>" * 24 + "<|vision_end|>"]
     video = "".join(f"<{s} seconds>{pads[0]}" for s in ("1.0", "5.0")) if qwen3 else pads[0]
     chat = ("" if qwen3 else DEFAULT_SYSTEM) + f"<|im_start|>user\n{video}Why? Think."
-    header = "<|im_end|>\n<|im_start|>assistant\n" + "<think>\n" * (layout == "qwen3_vl_thinking")
+    thinks = "think" in LAYOUTS[layout]["chat"]
+    header = "<|im_end|>\n<|im_start|>assistant\n" + "<think>\n" * thinks
     names, prefix = prompts.tokenizer.get_vocab(), prompts.prefix(asked(prompts))
     assert prefix.ids.tolist() == prompts.tokenizer(chat).input_ids
     assert prompts.header.ids.tolist() == prompts.tokenizer(header).input_ids
@@ -550,6 +580,14 @@ def test_a_published_checkpoint_loads_samples_scores_and_comes_back(layout, tmp_
     types, names = said_and_stored(tmp_path / "saved")
     assert types == {"bfloat16"}
     assert ("lm_head.weight" in names) == (not LAYOUTS[layout].get("tied"))
+    if qwen3:  # also experts, which transformers keeps in another order
+        told, ours = (files_of(folder) for folder in (tmp_path / "model", tmp_path / "saved"))
+        assert set(told) - set(ours) == {"mtp.fc.weight"} & set(told) and set(ours) <= set(told)
+        assert all(torch.equal(told[name], weight) for name, weight in ours.items())
+
+
+def files_of(folder):
+    return {name: w for path in folder.glob("*.safetensors") for name, w in load_file(path).items()}
 
 
 def same_weights(one, other):
@@ -601,7 +639,8 @@ def sharded(rank, port, folder):
     """Do so as one of two processes."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    trained_and_saved(folder / "half", "qwen2_5_vl_3b", torch.bfloat16)
+    for layout in ("qwen2_5_vl_3b", "qwen3_5_moe", "qwen3_vl_moe"):
+        trained_and_saved(folder / f"half-{layout}", layout, torch.bfloat16)
     scores = trained_and_saved(folder / "whole", "qwen3_vl_thinking", torch.float32)
     torch.save(scores, folder / f"scores-{rank}.pt")
     dist.destroy_process_group()
@@ -626,7 +665,7 @@ def test_what_two_processes_save_comes_back_to_the_bit(tmp_path):
     assert torch.allclose(alone, torch.load(tmp_path / "scores-0.pt"), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl_moe", "qwen3_5", "llava", "no_such_type"])
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_next", "qwen4_exp", "llava", "no_such_type"])
 def test_another_architecture_is_refused_before_its_weights_are_read(kind, tmp_path):
     """Catches: a model whose layers or positions are not those of the tree, scored without a word;
     a refusal that is a traceback, or that comes after minutes of reading.
@@ -638,8 +677,8 @@ def test_another_architecture_is_refused_before_its_weights_are_read(kind, tmp_p
     with pytest.raises(ValueError) as refused:
         Student.load(path)
     assert str(refused.value) == (
-        f"--model {path} cannot be loaded: its model type is {kind}, and only qwen2_5_vl and "
-        'qwen3_vl are supported (docs/data.md, "Which checkpoints load")')
+        f"--model {path} cannot be loaded: its model type is {kind}, and only qwen2_5_vl, "
+        "qwen3_vl, qwen3_vl_moe, qwen3_5, qwen3_5_moe are supported (docs/models.md)")
 
 
 def without(*names):
@@ -904,6 +943,19 @@ def test_what_the_template_opens_belongs_to_the_response(trace, written, tmp_pat
     assert reward.parse_answer(response) == "red"
 
 
+@pytest.mark.parametrize("layout", ["qwen3_5", "qwen3_5_small"])
+def test_thinking_is_told_to_a_template_that_can_be_told(layout, tmp_path):
+    """Catches: Qwen3.5's small checkpoints, whose template ends a thought before it begins unless
+    told, trained for a format they then break in every answer; --direct with a thought opened.
+    """
+    student, thinking = fresh(publish(tmp_path / "model", layout))
+    assert thinking.header_text.endswith("assistant\n<think>\n") and thinking.opened == "<think>\n"
+    direct = Prompts(student.processor, "{question}", thinking=False)
+    assert direct.header_text.endswith("assistant\n<think>\n\n</think>\n\n") and not direct.opened
+    answer = "<answer>red</answer>"
+    assert direct.text(direct.completion(answer)) == answer
+
+
 def saying(text):
     """Return a Student.sample whose students all say `text`."""
     def sample(self, cache, suffixes, owners, *rest, done=None, **options):
@@ -964,7 +1016,7 @@ def test_a_thinking_student_is_evaluated_by_its_whole_response(film, tmp_path, m
 def test_transformers_counts_other_positions_from_the_documented_length_on(family, seconds,
                                                                            tmp_path):
     """Catches: docs/data.md's figure, 8.6 s for 16 frames of 420 x 224 in Qwen2.5-VL and never in
-    Qwen3-VL, when the installed transformers or our positions have changed.
+    others, when the installed transformers or our positions have changed.
     """
     student, prompts = fresh(publish(tmp_path / "model", family))
     frames = torch.zeros(16, 3, 224, 420 if family == "qwen2_5_vl" else 416, dtype=torch.uint8)
@@ -978,4 +1030,4 @@ def test_transformers_counts_other_positions_from_the_documented_length_on(famil
     theirs, _ = student.model.model.get_rope_index(
         segment.ids[None], types[None], video_grid_thw=segment.grids, **extra)
     same = torch.equal(mrope(segment, 0, config)[0], theirs[:, 0])
-    assert same == (family == "qwen3_vl" or seconds < 8.6)
+    assert same == (family != "qwen2_5_vl" or seconds < 8.6)

@@ -9,6 +9,7 @@ import bench
 import pytest
 import torch
 from conftest import make_processor
+from students import publish
 from test_resume import fingerprint
 from test_train import ROOT, world  # noqa: F401, fixture
 from torch import nn
@@ -25,7 +26,7 @@ def student_folder(folder, name, weights=True):
     """Save a random student in a shape of tests/bench.py, with the toy's processor."""
     toy.save_student(folder, 0, pretrained=False)
     config = bench.make_config(name)
-    if config.model_type == "qwen3_vl":
+    if config.model_type != "qwen2_5_vl":
         make_processor(folder, "qwen3_vl")
         config.vision_config.patch_size = 16  # the processor's
     vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
@@ -54,6 +55,7 @@ def planned(folder, model, *flags):
 
 @pytest.mark.parametrize("name, flags", (
     ("cpu", []), pytest.param("qwen3", [], marks=pytest.mark.slow),
+    pytest.param("qwen3_5", [], marks=pytest.mark.slow),
     pytest.param("cpu", ["--lora", 8], marks=pytest.mark.slow),
     pytest.param("qwen3", ["--lora", 8, "--lora_vision"], marks=pytest.mark.slow)))
 def test_the_largest_step_takes_what_was_predicted(world, tmp_path, name, flags):  # noqa: F811
@@ -88,6 +90,20 @@ def test_every_method_has_a_plan(tmp_path, monkeypatch, capsys, method):
     assert ("at most" in said.split("\n")[-2]) == teacher, "what a teacher is asked for"
     assert {path.name for path in tmp_path.iterdir()} == {
         "model", "videos", "template.txt", "train.json", "heldout.json", "warm.json"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"])
+def test_experts_and_recurrent_layers_have_a_plan(layout, tmp_path, monkeypatch, capsys):
+    """Catches: layers whose code asks on the way what their numbers are, which a plan has not."""
+    toy.make(tmp_path, train=10, heldout=5, warm=10, pretrained=False)
+    publish(tmp_path / "student", layout)
+    monkeypatch.chdir(tmp_path)
+    for flags in ([], ["--lora", "4"]):
+        train.main(["--plan", "--model", "student", "--data", "train.json", "--video_root",
+                    "videos", "--rollouts", "2", "--max_completion", "8", "--max_pixels", "4096",
+                    *flags])
+        assert "the step took at most" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,15 +1,15 @@
-"""Tiny random students of both families and segments for them, made on the spot for the tests."""
+"""Tiny random students of every family and segments for them, made on the spot for the tests."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen3VLConfig
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from model import Student, add_adapters
 
 VOCABULARY, IMAGE, VIDEO, START, END, EOS = 200, 190, 191, 192, 193, 194
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 OURS = {"text_config": "prefix_tree", "vision_config": "sdpa"}  # attention
 
 
@@ -39,11 +39,22 @@ def tiny_config(family):
                   temporal_patch_size=2, spatial_merge_size=2, out_hidden_size=64)
     ids = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START,
                vision_end_token_id=END)
-    if family == "qwen3_vl":
-        vision.update(depth=3, num_position_embeddings=64, deepstack_visual_indexes=[0, 1])
-        return Qwen3VLConfig(text_config={**text, "head_dim": 16}, vision_config=vision, **ids)
-    vision.update(depth=2, window_size=56, fullatt_block_indexes=[1], tokens_per_second=2)
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
+    if family == "qwen2_5_vl":
+        vision.update(depth=2, window_size=56, fullatt_block_indexes=[1], tokens_per_second=2)
+    else:
+        vision.update(depth=3, num_position_embeddings=64)
+        text["head_dim"] = 16
+    if family.startswith("qwen3_vl"):
+        vision.update(deepstack_visual_indexes=[0, 1])
+    if family.startswith("qwen3_5"):  # a quarter of 32 is turned: 4 frequencies
+        text.update(head_dim=32, layer_types=["linear_attention"] * 2 + ["full_attention"],
+                    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+                    linear_value_head_dim=12)
+        rope.update(mrope_section=[2, 1, 1], partial_rotary_factor=0.25)
+    if family.endswith("_moe"):
+        text.update(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24,
+                    shared_expert_intermediate_size=40)
+    return AutoConfig.for_model(family, text_config=text, vision_config=vision, **ids)
 
 
 def tiny_student(family, seed=0, lora=(), **options):
@@ -53,9 +64,11 @@ def tiny_student(family, seed=0, lora=(), **options):
     """
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(tiny_config(family), attn_implementation=OURS)
-    for p in model.parameters():
+    for name, p in model.named_parameters():
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.15)
+        elif name.endswith(".A_log"):  # states that last, so that what is read of them shows
+            torch.nn.init.uniform_(p, -6.0, -2.0)
     if lora:
         add_adapters(model, *lora)
         for name, p in model.named_parameters():
@@ -77,7 +90,7 @@ def video(family, t, h, w, tail, seconds=1.3):
     """Return a prompt: 5 words, a video of t x h x w patches, `tail` words."""
     n, seed = h * w // 4, 100 * t + tail
     run = [START] + [VIDEO] * n + [END]
-    if family == "qwen3_vl":  # one run per temporal patch, a timestamp before each
+    if family != "qwen2_5_vl":  # one run per temporal patch, a timestamp before each
         run = [id for i in range(t) for id in words(3, seed + i).tolist() + run]
     else:
         run = [START] + [VIDEO] * (n * t) + [END]
@@ -128,7 +141,7 @@ def plain_positions(ids, grids, seconds, config):
 
     It is written apart from the code under test.
     """
-    merge, qwen3 = config.vision_config.spatial_merge_size, config.model_type == "qwen3_vl"
+    merge, qwen3 = config.vision_config.spatial_merge_size, config.model_type != "qwen2_5_vl"
     rate = getattr(config.vision_config, "tokens_per_second", 0)
     cells = []
     for (t, h, w), s in zip(grids, seconds):

@@ -1,6 +1,6 @@
-"""The recipe of toy_student.safetensors: teaches the random toy student to look. Not a test.
+"""The recipe of toy_student*.safetensors: teaches the random toy student to look. Not a test.
 
-    python tests/toy_student.py FOLDER [--steps 2000]       seven minutes on one CPU thread
+    python tests/toy_student.py FOLDER [--steps 2000 --family qwen2_5_vl]
 
 The five questions of a clip hang as suffixes from one prefix, the video, which costs half of what a
 prefix each would. A quarter of the suffixes carry the sample's patch. The weights in the repository
@@ -69,8 +69,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--family", default="qwen2_5_vl", choices=toy.WEIGHTS)
     options = parser.parse_args()
-    toy.make(options.folder, train=5, heldout=5, warm=5500, guessed=0.0, pretrained=False)
+    toy.make(options.folder, train=5, heldout=5, warm=5500, guessed=0.0, pretrained=False,
+             family=options.family)
     student = Student.load(str(options.folder / "model"))
     prompts = data.Prompts(student.processor, (options.folder / "template.txt").read_text())
     clips, rng = load(options.folder, student, prompts), random.Random(0)
@@ -90,7 +92,7 @@ def main():
                 print(f"step {step + 1}: nll of held-out clips {nll(student, held, 0, rng):.4f}, "
                       f"with patches {nll(student, held, 1, rng):.4f}", flush=True)
     weights = {name: weight.half() for name, weight in student.model.state_dict().items()}
-    save_file(weights, options.folder / toy.WEIGHTS.name)
+    save_file(weights, options.folder / toy.WEIGHTS[options.family].name)
 
 
 if __name__ == "__main__":
