@@ -226,8 +226,8 @@ def _qwen3_config(ids, tied, kind):
     vision = {"deepstack_visual_indexes": [] if recurrent else [0, 1], "depth": 3,
               "hidden_act": "gelu_pytorch_tanh", "hidden_size": 32, "in_channels": 3,
               "initializer_range": 0.02, "intermediate_size": 48, "model_type": kind,
-              "num_heads": 2, "num_position_embeddings": 64, "out_hidden_size": 64, "patch_size": 16,
-              "spatial_merge_size": 2, "temporal_patch_size": 2}
+              "num_heads": 2, "num_position_embeddings": 64, "out_hidden_size": 64,
+              "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2}
     text = {**_text_config(ids, tied), "head_dim": 16, "attention_bias": False,
             "model_type": f"{kind}_text", "dtype": "bfloat16", "rope_theta": 5000000,
             "rope_scaling": {"mrope_interleaved": True, "mrope_section": [4, 2, 2],
