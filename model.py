@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.distributed import fsdp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
 from transformers.utils.logging import set_tqdm_hook
 
 from decode import Cache, DecodeRows, cuda_graph
@@ -242,6 +243,7 @@ class Student(nn.Module):
         super().__init__()
         self.model, self.processor, self.trainable = model, processor, trainable
         self.record = None  # see DecodeRows
+        self.balances, self.imbalance = False, None  # whether the next is found, see `forward`
         recur(model)
         self.adapted = [layer for layer in model.modules() if isinstance(layer, Adapted)]
         for name, weight in model.named_parameters():
@@ -319,6 +321,7 @@ class Student(nn.Module):
         text = self.model.model.language_model
         embeds_TD = text.embed_tokens(ids_T)
         config, extra = self.model.config, {}
+        balances = self.balances and torch.is_grad_enabled()
         if features is not None:
             visual_T = (ids_T == config.image_token_id) | (ids_T == config.video_token_id)
             vision = features.embeddings.to(embeds_TD.dtype)
@@ -327,7 +330,11 @@ class Student(nn.Module):
                 extra = {"visual_pos_masks": visual_T[None],
                          "deepstack_visual_embeds": features.deepstack}
         out = text(inputs_embeds=embeds_TD[None], position_ids=positions_3T[:, None],
-                   attention_mask=None, use_cache=False, tree=tree, **extra)
+                   attention_mask=None, use_cache=False, tree=tree,
+                   output_router_logits=balances, **extra)
+        if balances:
+            self.imbalance = load_balancing_loss_func(
+                out.router_logits, text.config.num_experts, text.config.num_experts_per_tok)
         return out.last_hidden_state[0]
 
     def logits(self, hidden_TD: Tensor, temperature: float, head: Callable | None = None) -> Tensor:
@@ -372,7 +379,9 @@ class Student(nn.Module):
         prefixes: B segments; suffixes: N segments (header, or patch and header); owners: N prefix
         indices; completions: N id tensors [C_n]. Returns logp [sum C_n] in fp32, suffixes in order,
         and the entropy of the same distributions (no gradient; None unless asked for). Only
-        completion tokens get logits. With `support` instead: see _score_among.
+        completion tokens get logits. With `support` instead: see _score_among. Where experts are to
+        be balanced, `imbalance` is then Switch Transformers' auxiliary loss (2101.03961, eq. 4 to
+        6) over the row's tokens and all layers, a shared token counted once.
         """
         assert len(suffixes) == len(owners) == len(completions)
         lengths = [len(p.ids) for p in prefixes]

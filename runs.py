@@ -513,6 +513,7 @@ def metrics(step: int, ranks: list[dict]) -> dict:
         "clip_fraction": add("clipped_of_all") / max(add("tokens_of_all"), 1),
         "logp_mismatch": add("mismatch") / tokens,
         "drift": add("drift") / add("stale") if add("stale") else None,
+        "imbalance": add("imbalance") if "imbalance" in ranks[0]["sums"] else None,
         "grad_norm": ranks[0]["sums"]["grad_norm"], "lr": ranks[0]["sums"]["lr"],
         **{name: ratio(name, "method") for name in ranks[0]["method"]},
         "bad_samples": sum(r["bad"] for r in ranks),

@@ -42,6 +42,7 @@ from runs import (Folder, Phases, Stopper, Tracker, about, append, asked_with, c
                   rank, read_folders, read_json, read_log, read_rows, require, require_files,
                   require_positive, resume, save, say, start_processes, summary, typed,
                   waiting_for, wording, world_size, write_whole)
+from prefix_tree import FAMILIES
 from teacher import STATS, Teacher, TeacherConfig, make_teacher
 from video import MAX_IMAGE_PIXELS, Clip, ClipLoader, FrameCache, strip, strip_size
 
@@ -126,6 +127,7 @@ class Config:
     batch_prompts: int = flag(1, "prompts for each step and process")
     ahead: int = flag(0, "steps whose first tries are sampled while the teacher thinks; 0: none")
     updates_per_batch: int = flag(1, "updates for each batch; more than one makes the clip matter")
+    balance: float = flag(0.0, "weight of the loss that spreads tokens over a model's experts")
     micro_tokens: int = flag(16384, "packed tokens of one forward and backward")
     freeze_vision: bool = flag(False, "leave the vision tower as it is")
     lora: int = flag(0, "rank of adapters to train, the weights staying as they are; 0: none")
@@ -188,7 +190,7 @@ def check(config: Config) -> None:
                  "dynamic_sampling", "sd_horizon", "sd_topk", "sd_clip", "blind_test", "eval_every",
                  "teacher_budget", "decode_workers", "frame_cache_gb", "seed", "replay_share",
                  "replay_start", "sd_lambda", "sd_ema", "samples", "ahead", "lora",
-                 "keep_rollouts"):
+                 "keep_rollouts", "balance"):
         value = getattr(config, name)
         require(value >= 0, f"--{name} must not be negative, got {value}")
     for name, most in (("top_p", 1), ("pass_mark", 1), ("clip_low", 1), ("replay_share", 1),
@@ -367,6 +369,9 @@ class Run:
                        recompute=self.device.type == "cuda", offload=config.offload)
         self.student = load(freeze_vision=config.freeze_vision, cuda_graphs=config.cuda_graphs,
                             lora=lora if config.lora else ())
+        self.student.balances = config.balance > 0
+        require(not config.balance or FAMILIES[self.student.model.config.model_type].routed,
+                f"--balance changes nothing in this run: {config.model} has no experts")
         self.reference = None
         if config.beta > 0 and self.method.compares:
             self.reference = self.student.at_start if config.lora else load(trainable=False)
@@ -620,7 +625,12 @@ def backward(run: Run, batches: list[ffr.MicroBatch], first: bool) -> dict:
         mismatch = ffr.settle(batch, logp_T) if first else 0.0
         loss, added = ffr.loss(logp_T, batch, config.clip_low, config.clip_high, config.beta,
                                run.method.surrogate)
-        (loss * world_size()).backward()  # FSDP averages over ranks, the objective sums
+        whole = loss
+        if config.balance:  # a mean over micro-batches and ranks, as Hugging Face's trainer adds it
+            imbalance = run.student.imbalance / (len(batches) * world_size())
+            whole = loss + config.balance * imbalance
+            sums["imbalance"] = sums.get("imbalance", 0.0) + imbalance.item()
+        (whole * world_size()).backward()  # FSDP averages over ranks, the objective sums
         if not math.isfinite(loss.item()):
             sums["broken"] += [group.sample.id for group, _ in batch.members]
         if batch.members:  # fillers do not count

@@ -329,6 +329,39 @@ def test_recomputed_activations_give_the_same_gradients(family):
         assert torch.allclose(grads[0][name], grads[1][name], atol=1e-5), name
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_5_moe"])
+def test_experts_are_balanced_by_the_switch_transformers_loss(family, recompute):
+    """Catches: a loss over one layer, over padding, or without a gradient for the routers; one that
+    counts a recomputed block twice. Expected: its formula, E Σ_e f_e P_e, with f_e the choices of
+    expert e and P_e its mean probability over all tokens and layers, written out.
+    """
+    student, seen = tiny_student(family).train(), []
+    student.balances = True
+    prefixes, suffixes, owners = forest(family)
+    completions = [words(5, n) for n in range(7)]
+    routers = [layer.mlp.gate for layer in student.model.model.language_model.layers]
+    hooks = [r.register_forward_hook(lambda gate, x, out: seen.append(out[0])) for r in routers]
+    student(prefixes, suffixes, owners, completions)
+    for hook in hooks:
+        hook.remove()
+    probabilities = torch.cat(seen).softmax(-1)
+    chosen = torch.zeros_like(probabilities).scatter_(1, probabilities.topk(2).indices, 1.0)
+    expected = 6 * (chosen.mean(0) * probabilities.mean(0)).sum()
+    weights = [router.weight for router in routers]
+    wanted = torch.autograd.grad(expected, weights)
+    if recompute:
+        recompute_blocks(student.model)
+    student(prefixes, suffixes, owners, completions)
+    assert abs(student.imbalance - expected) < 1e-5
+    for found, want in zip(torch.autograd.grad(student.imbalance, weights), wanted):
+        assert torch.allclose(found, want, atol=1e-6) and want.abs().max() > 1e-5
+    with torch.no_grad():
+        student.imbalance = None
+        student(prefixes, suffixes, owners, completions)
+    assert student.imbalance is None, "a reference is scored without"
+
+
 def test_a_frozen_tower_is_run_once_and_gets_no_gradient():
     """Catches: vision features computed again for scoring, or trained although frozen."""
     student = tiny_student("qwen3_vl", freeze_vision=True)
@@ -998,6 +1031,42 @@ def test_a_thinking_student_is_trained_by_its_whole_response(method, film, tmp_p
             "<think>\nI look.</think>\n<answer>red</answer>"]
     saved = json.loads((tmp_path / "run/checkpoints/step-000001/student.json").read_text())
     assert "transformers 5.3 and later differ" in saved["positions"]
+
+
+@pytest.mark.parametrize("layout", ["qwen3_vl_moe", "qwen3_5_moe"])
+def test_experts_are_trained_balanced_and_saved(layout, film, tmp_path):
+    """Catches: --balance that is not heeded; routers or experts that a step leaves as they were; a
+    checkpoint of experts that evaluates otherwise than it was trained.
+    """
+    config = train.Config(
+        model=publish(tmp_path / "model", layout), video_root=str(tmp_path), method="sft", steps=1,
+        data=question(tmp_path, film, process="<think>I look.</think>"), beta=0.0, frames=4,
+        output=str(tmp_path / "run"), max_pixels=64 * 64, max_completion=32, decode_workers=0)
+    saved = {}
+    for balance in (0.0, 1.0):
+        config = replace(config, balance=balance, output=str(tmp_path / f"run-{balance}"))
+        train.train(config, torch.device("cpu"), torch.float32)
+        row, = runs.read_log(tmp_path / f"run-{balance}/metrics.jsonl")
+        assert (row["imbalance"] or 0) >= balance, "1 is the least of one expert's choices"
+        saved[balance] = files_of(tmp_path / f"run-{balance}/checkpoints/step-000001")
+    before = files_of(tmp_path / "model")
+    for name, weight in saved[0.0].items():
+        if ".mlp." in name and "shared" not in name:
+            assert not torch.equal(weight, before[name].float()), name
+    differ = {name for name in before if name in saved[0.0]
+              and not torch.equal(saved[0.0][name], saved[1.0][name])}
+    assert any(name.endswith("mlp.gate.weight") for name in differ)
+
+
+def test_balancing_a_student_without_experts_is_refused(film, tmp_path):
+    """Catches: a flag that does nothing."""
+    config = train.Config(
+        model=publish(tmp_path / "model", "qwen3_5"), video_root=str(tmp_path), steps=1,
+        data=question(tmp_path, film), output=str(tmp_path / "run"), decode_workers=0, balance=0.1,
+        method="grpo")
+    with pytest.raises(ValueError, match="^--balance changes nothing in this run: .* no experts$"):
+        train.train(config, torch.device("cpu"), torch.float32)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_thinking_student_is_evaluated_by_its_whole_response(film, tmp_path, monkeypatch):

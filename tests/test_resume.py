@@ -171,7 +171,7 @@ def test_a_flag_that_changes_nothing_is_refused():
     always = set("""model data samples video_root eval_data eval_every output method max_completion
         max_prompt frames max_pixels max_image_pixels temperature template loss_norm lr warmup_steps
         weight_decay max_grad_norm steps epochs batch_prompts updates_per_batch micro_tokens
-        freeze_vision lora offload seed save_every keep_checkpoints resume attention dtype
+        freeze_vision lora offload balance seed save_every keep_checkpoints resume attention dtype
         cuda_graphs decoder decode_workers decode_seconds frame_cache frame_cache_gb keep_rollouts
         keep_rollouts_mb no_report track plan""".split())
     for name in (f.name for f in fields(train.Config)):
