@@ -336,7 +336,9 @@ class Recurrence(nn.Module):
         x_NCS = F.conv1d(x_NLC.transpose(1, 2).to(weight.dtype), weight, bias, groups=len(weight))
         mixed_NSC = F.silu(x_NCS).transpose(1, 2).to(x_NLC.dtype)
         q, k, v = mixed_NSC.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
-        q, k = (x.unflatten(-1, (-1, self.head_k_dim)) for x in (q, k))
+        shared = self.num_v_heads // self.num_k_heads  # repeated: transformers 5.17 would not
+        q, k = (x.unflatten(-1, (-1, self.head_k_dim)).repeat_interleave(shared, dim=2)
+                for x in (q, k))
         rule = torch_recurrent_gated_delta_rule if S == 1 else torch_chunk_gated_delta_rule
         out, state = rule(q, k, v.unflatten(-1, (-1, self.head_v_dim)), g=decay_NSH, beta=rate_NSH,
                           initial_state=state, output_final_state=True,

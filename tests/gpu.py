@@ -223,7 +223,7 @@ def make_student(name: str, device: torch.device, dtype: torch.dtype, trainable:
 def tokens(note: Findings, device: torch.device, dry: bool) -> None:
     """Hold sampled ids and log-probs against plain loops, the CPU, and scoring in bfloat16."""
     torch.backends.cudnn.allow_tf32 = False  # else a convolution's fp32 on CUDA has 10 bits
-    for name in ("cpu", "qwen3"):  # small shapes of both families
+    for name in ("cpu", "qwen3", "qwen3_5"):  # small shapes
         rows = [tiny.text(5, seed) for seed in range(4)] + [tiny.text(80, 9)]
         family(note, name, device, bench.make_prefix(name, 120 if dry else 600), rows,
                8 if dry else 300)
