@@ -977,6 +977,11 @@ def test_direct_answers_that_reason_are_counted_and_thinking_checkpoints_refused
                        "response with <think>: it always reasons"):
         evaluate.evaluate(replace(given, model=str(tmp_path / "thinking"), max_pixels=64 * 64,
                                   output=str(tmp_path / "none")))
+    students.publish(tmp_path / "told", "qwen3_5")  # thinks unless told
+    evaluate.evaluate(replace(given, model=str(tmp_path / "told"), max_pixels=64 * 64,
+                              max_completion=4, output=str(tmp_path / "some")))
+    answers = read_log(tmp_path / "some/answers.jsonl")
+    assert len(answers) == len(questions) and not any("<think>" in row["text"] for row in answers)
 
 
 @pytest.fixture(scope="session")
