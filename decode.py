@@ -183,7 +183,10 @@ class DecodeRows:
 
     def _parts(self, layer, linear):
         """Return a layer's four parts; `linear` makes its linear layers fit for few rows."""
-        mlp = layer.mlp
+        mlp, inner = layer.mlp, partial(_routed, layer.mlp)
+        if not self.family.routed:
+            inner = partial(_gated, linear(mlp.gate_proj, mlp.up_proj), mlp.act_fn,
+                            linear(mlp.down_proj))
         if hasattr(layer, "linear_attn"):
             mixer = layer.linear_attn
             mix = partial(self._recurrence, mixer, linear(*mixer.projections))
@@ -192,9 +195,7 @@ class DecodeRows:
             norms = getattr(mixer, "q_norm", None), getattr(mixer, "k_norm", None)
             mix = partial(self._attention, linear(mixer.q_proj, mixer.k_proj, mixer.v_proj), *norms,
                           linear(mixer.o_proj))
-        experts = partial(_routed, mlp) if self.family.routed else partial(
-            _gated, linear(mlp.gate_proj, mlp.up_proj), mlp.act_fn, linear(mlp.down_proj))
-        return layer.input_layernorm, mix, layer.post_attention_layernorm, experts
+        return layer.input_layernorm, mix, layer.post_attention_layernorm, inner
 
     def _attention(self, qkv, q_norm, k_norm, out, x_ND, layer, slots, bias, cos_N1E, sin_N1E):
         """Write keys and values at slot `at_1`, and attend."""

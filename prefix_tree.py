@@ -41,13 +41,12 @@ class Family:
 
     processor: what reads its prompts. frames_apart: each temporal patch of a video has placeholders
     and a time of its own in the text. gated: attention's output is multiplied by a gate that q_proj
-    makes beside the queries. recurrent: some layers are a Recurrence. routed: MLPs are experts.
-    transposed: checkpoints have the experts' matrices as [experts, in, out].
+    makes beside the queries. routed: MLPs are experts. transposed: checkpoints have the experts'
+    matrices as [experts, in, out]. Recurrent layers are known by their name, linear_attn.
     """
     processor: type
     frames_apart: bool = True
     gated: bool = False
-    recurrent: bool = False
     routed: bool = False
     transposed: bool = False
 
@@ -56,8 +55,8 @@ FAMILIES = {  # by a config's model_type
     "qwen2_5_vl": Family(Qwen2_5_VLProcessor, frames_apart=False),
     "qwen3_vl": Family(Qwen3VLProcessor),
     "qwen3_vl_moe": Family(Qwen3VLProcessor, routed=True, transposed=True),
-    "qwen3_5": Family(Qwen3VLProcessor, gated=True, recurrent=True),
-    "qwen3_5_moe": Family(Qwen3VLProcessor, gated=True, recurrent=True, routed=True),
+    "qwen3_5": Family(Qwen3VLProcessor, gated=True),
+    "qwen3_5_moe": Family(Qwen3VLProcessor, gated=True, routed=True),
 }
 
 
@@ -326,7 +325,7 @@ class Recurrence(nn.Module):
         rate_NSH = b_NSH.sigmoid()
         decay_NSH = -self.A_log.float().exp() * F.softplus(a_NSH.float() + self.dt_bias)
         x_NLC = torch.cat([window_NWC, inputs_NSC], dim=1)
-        window_NWC = x_NLC[:, S:]
+        window_NWC = x_NLC[:, S:].clone()  # not a view that keeps all of the inputs
         if ends_N is not None:
             at_NW1 = (ends_N[:, None] + torch.arange(W, device=ends_N.device))[..., None]
             window_NWC = x_NLC.take_along_dim(at_NW1, dim=1)
@@ -340,6 +339,8 @@ class Recurrence(nn.Module):
         q, k = (x.unflatten(-1, (-1, self.head_k_dim)).repeat_interleave(shared, dim=2)
                 for x in (q, k))
         rule = torch_recurrent_gated_delta_rule if S == 1 else torch_chunk_gated_delta_rule
+        if not x_NLC.is_cuda or x_NLC.dtype == torch.float32:
+            rule = rule.__wrapped__  # torch's own: fla's kernels are for half precision on CUDA
         out, state = rule(q, k, v.unflatten(-1, (-1, self.head_v_dim)), g=decay_NSH, beta=rate_NSH,
                           initial_state=state, output_final_state=True,
                           use_qk_l2norm_in_kernel=True)
@@ -374,7 +375,7 @@ def mrope(segment: Any, start: int, config: Any) -> tuple[Tensor, int]:
 
     Text counts up on all three axes. An image or video starts after the text before it; its
     temporal axis counts floor(t * seconds_per_grid * tokens_per_second) for Qwen2.5-VL and stands
-    still within a placeholder run for Qwen3-VL; what follows starts at the largest position so far
+    still within a placeholder run for others; what follows starts at the largest position so far
     plus one: the rule of the released checkpoints (transformers 5.3 and later let text overlap a
     long video's temporal positions, which is not what they were trained with).
     """

@@ -698,7 +698,7 @@ class Folder:
 
 
 ASKED_WITH = "frames", "max_pixels", "max_image_pixels", "max_completion"
-POSITIONS = "as in vLLM; transformers 5.3 and later differ on long videos (docs/data.md)"
+POSITIONS = "as in vLLM; transformers 5.3 and later differ on long videos (docs/models.md)"
 
 
 def check_model(path: str) -> None:

@@ -36,13 +36,13 @@ from guard import check_money
 from lab.plan import planned
 from model import ADAPTER, AdapterCopy, Completion, Student, local
 from patch import EVIDENCE_LEVELS, Patch, alignment, outside_clip, patch_images, render
+from prefix_tree import FAMILIES
 from runs import (Folder, Phases, Stopper, Tracker, about, append, asked_with, changed, check_model,
                   cut_logs, digest, everyone, flag, going_on, jsonl, keep_rollouts,
                   measure, metrics, newest_checkpoint, one_sentence, parse, peak_memory, postfix,
                   rank, read_folders, read_json, read_log, read_rows, require, require_files,
                   require_positive, resume, save, say, start_processes, summary, typed,
                   waiting_for, wording, world_size, write_whole)
-from prefix_tree import FAMILIES
 from teacher import STATS, Teacher, TeacherConfig, make_teacher
 from video import MAX_IMAGE_PIXELS, Clip, ClipLoader, FrameCache, strip, strip_size
 
@@ -369,7 +369,7 @@ class Run:
                        recompute=self.device.type == "cuda", offload=config.offload)
         self.student = load(freeze_vision=config.freeze_vision, cuda_graphs=config.cuda_graphs,
                             lora=lora if config.lora else ())
-        self.student.balances = config.balance > 0
+        self.student.balances = config.balance > 0 and not config.plan
         require(not config.balance or FAMILIES[self.student.model.config.model_type].routed,
                 f"--balance changes nothing in this run: {config.model} has no experts")
         self.reference = None
@@ -615,6 +615,8 @@ def backward(run: Run, batches: list[ffr.MicroBatch], first: bool) -> dict:
     π_old at sampling time.
     """
     config, sums = run.config, {"loss": 0.0, "broken": [], "slots": {}}
+    if config.balance:
+        real = sum(everyone(sum(bool(batch.members) for batch in batches)))
     for batch in batches:
         logp_T, entropy_T = score(run.student, batch, config, first)
         if first and run.keeps():
@@ -627,7 +629,7 @@ def backward(run: Run, batches: list[ffr.MicroBatch], first: bool) -> dict:
                                run.method.surrogate)
         whole = loss
         if config.balance:  # a mean over micro-batches and ranks, as Hugging Face's trainer adds it
-            imbalance = run.student.imbalance / (len(batches) * world_size())
+            imbalance = run.student.imbalance * bool(batch.members) / real
             whole = loss + config.balance * imbalance
             sums["imbalance"] = sums.get("imbalance", 0.0) + imbalance.item()
         (whole * world_size()).backward()  # FSDP averages over ranks, the objective sums

@@ -33,9 +33,9 @@ import ffr
 from guard import money, prices
 from model import recompute_blocks
 from patch import MAX_GUIDANCE, MAX_REGIONS, Patch
+from prefix_tree import Tree
 from runs import Phases, everyone, proc_bytes, used_memory, world_size
 from teacher import Diagnosis, Teacher
-from prefix_tree import Tree
 from video import Clip, still
 
 GIB = 2**30

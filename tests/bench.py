@@ -55,8 +55,8 @@ import ffr
 import tiny
 from decode import cuda_graph
 from model import Student, recompute_blocks
-from runs import used_memory
 from prefix_tree import attention_names, mrope
+from runs import used_memory
 
 HEADER, PATCH = 5, 75  # tokens of a header, and of the patch before it in a repair
 BETA, TOP_P = 0.04, 0.95

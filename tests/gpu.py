@@ -54,8 +54,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 import bench
 import ffr
 import model as student_module
-import tiny
 import prefix_tree
+import tiny
 from decode import cuda_graph
 from model import Student, add_adapters
 from prefix_tree import Tree, attention_names, tree_attention

@@ -1,4 +1,4 @@
-"""data.py against real rows, real mp4 files and both families' processors."""
+"""data.py against real rows, real mp4 files and the families' two processors."""
 
 import json
 import re

@@ -1,5 +1,6 @@
 """The prefix tree and cached sampling against the plain way, for every family, in fp32."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -7,7 +8,6 @@ import socket
 import warnings
 from collections import Counter
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from transformers.utils.logging import set_tqdm_hook
 
 import decode
 import evaluate
+import ffr
 import model as model_module
 import reward
 import runs
@@ -30,6 +31,7 @@ import train
 import prefix_tree
 from data import Prompts
 from model import AdapterCopy, Completion, Student, TokenLogp, cast, recompute_blocks, shard
+from prefix_tree import Tree, grouped_attention, mrope, tree_attention_varlen
 from tiny import (
     EOS,
     FAMILIES,
@@ -43,7 +45,6 @@ from tiny import (
     video,
     words,
 )
-from prefix_tree import Tree, grouped_attention, mrope, tree_attention_varlen
 from video import Clip
 
 
@@ -98,6 +99,24 @@ def test_a_suffix_does_not_see_another_one(family):
         after, _ = student(prefixes, suffixes, owners, others)
         gaps = (after - before).view(3, 9).abs().amax(1)
         assert gaps[changed] > 0.1 and (gaps > 1e-5).sum() == 1, gaps
+
+
+def test_what_a_prefix_leaves_is_small_and_made_by_torch_off_the_card(monkeypatch):
+    """Catches: a window that is a view and keeps all of a prompt's inputs as long as the cache;
+    flash-linear-attention's kernels, where they are installed, called off CUDA or in fp32.
+    """
+    for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
+        def kernel(*arguments, **options):
+            raise RuntimeError("no card")
+
+        torchs = getattr(prefix_tree, name).__wrapped__
+        monkeypatch.setattr(prefix_tree, name, functools.wraps(torchs)(kernel))
+    student = tiny_student("qwen3_5")
+    cache = student.prefill([video("qwen3_5", 4, 4, 4, 11)])
+    student.sample(cache, [text(3)], [0], torch.rand(1, 4), 4)
+    for window, state in cache.layers[:2]:
+        assert window.shape == (1, 3, 2 * 2 * 8 + 4 * 12) and state.shape == (1, 4, 8, 12)
+        assert window.untyped_storage().nbytes() == window.nbytes
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -754,7 +773,8 @@ def test_offloaded_weights_are_trained_like_others(options, tmp_path, monkeypatc
     can be made to offload on a CPU, without pinned memory), or FSDP where there are adapters, which
     one process does without. Frozen weights stay in the type that is computed in, others are fp32.
     """
-    monkeypatch.setattr(fsdp, "CPUOffloadPolicy", partial(fsdp.CPUOffloadPolicy, pin_memory=False))
+    unpinned = functools.partial(fsdp.CPUOffloadPolicy, pin_memory=False)
+    monkeypatch.setattr(fsdp, "CPUOffloadPolicy", unpinned)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     path, found = publish(tmp_path / "model", "qwen3_vl"), []
     try:
@@ -1058,6 +1078,24 @@ def test_experts_are_trained_balanced_and_saved(layout, film, tmp_path):
     assert any(name.endswith("mlp.gate.weight") for name in differ)
 
 
+def test_fillers_balance_nothing(film, tmp_path):
+    """Catches: a rank with fewer micro-batches, whose fillers train the routers on a black clip."""
+    config = train.Config(
+        model=publish(tmp_path / "model", "qwen3_vl_moe"), video_root=str(tmp_path), method="sft",
+        data=question(tmp_path, film, process="<think>I look.</think>"), steps=1, beta=0.0,
+        frames=4, output=str(tmp_path / "run"), max_pixels=64 * 64, decode_workers=0, balance=1.0)
+    run, found = train.Run(config, torch.device("cpu"), torch.float32), []
+    groups = run.method.fill(run, 0, runs.Phases(run.device))
+    batches = ffr.micro_batches(groups, 16384, lambda rollout: 0.0)
+    for more in ([], [train.filler(run)] * 2):
+        sums = train.backward(run, batches + more, first=True)
+        gates = [layer.mlp.gate.weight for layer in run.student.model.model.language_model.layers]
+        found.append([sums["imbalance"], *(gate.grad.clone() for gate in gates)])
+        run.optimizer.zero_grad()
+    assert found[0][0] == found[1][0] > 1
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1:], found[1][1:]))
+
+
 def test_balancing_a_student_without_experts_is_refused(film, tmp_path):
     """Catches: a flag that does nothing."""
     config = train.Config(
@@ -1084,7 +1122,7 @@ def test_a_thinking_student_is_evaluated_by_its_whole_response(film, tmp_path, m
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_counts_other_positions_from_the_documented_length_on(family, seconds,
                                                                            tmp_path):
-    """Catches: docs/data.md's figure, 8.6 s for 16 frames of 420 x 224 in Qwen2.5-VL and never in
+    """Catches: docs/models.md's figure, 8.6 s for 16 frames of 420 x 224 in Qwen2.5-VL and never in
     others, when the installed transformers or our positions have changed.
     """
     student, prompts = fresh(publish(tmp_path / "model", family))

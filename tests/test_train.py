@@ -446,6 +446,34 @@ def test_adapters_on_two_processes_equal_one(world, tmp_path):
     assert untimed(tmp_path / "killed/visd/metrics.jsonl") == two
 
 
+@pytest.mark.slow
+def test_a_recurrent_student_on_two_processes_equals_one_and_survives_a_kill(world, tmp_path):
+    """Catches: layers whose weights FSDP has scattered when they are used, states or windows of
+    another rank's rows, a checkpoint without what a recurrent layer has.
+    """
+    toy.save_student(tmp_path / "model", 0, True, "qwen3_5")
+
+    def configs(name, processes, **changes):
+        return [config_of(world, tmp_path / name / method, method=method, beta=0.04, steps=4,
+                          model=str(tmp_path / "model"), save_every=2, top_p=0.6, lr=1e-3,
+                          batch_prompts=2 // processes, **changes) for method in ("sft", "ffr")]
+
+    assert launch(configs("one", 1)) == [0]
+    assert launch(configs("two", 2), 2) == [0, 0]
+    assert launch(configs("killed", 2)[1:], 2, kill_after=3) == [-signal.SIGKILL] * 2
+    assert launch(configs("killed", 2, resume=True)[1:], 2) == [0, 0]
+    for method, steps in (("sft", 4), ("ffr", 1)):
+        one, two = (untimed(tmp_path / name / method / "metrics.jsonl") for name in ("one", "two"))
+        for ours, theirs in list(zip(one, two, strict=True))[:steps]:
+            for key in ("loss", "grad_norm", "kl"):
+                assert theirs[key] == pytest.approx(ours[key], rel=1e-3, abs=2e-4), (method, key)
+        assert one[0]["grad_norm"] > 0
+    whole, killed = (load_file(tmp_path / f"{name}/ffr/checkpoints/step-000004/model.safetensors")
+                     for name in ("two", "killed"))
+    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+    assert untimed(tmp_path / "killed/ffr/metrics.jsonl") == two
+
+
 def test_a_broken_step_does_not_move_the_tries_found_ahead(world, tmp_path, monkeypatch):
     """Catches: a checkpoint within a step, after which the next step's tries are taken for it."""
     config = config_of(world, tmp_path / "run", steps=5, ahead=2, updates_per_batch=2, lr=1e-3)
