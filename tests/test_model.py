@@ -65,12 +65,15 @@ def separate_logp(student, prefixes, suffixes, owners, completions):
     return torch.cat(parts)
 
 
+@pytest.mark.parametrize("tied", (False, True))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tree_equals_separate_rows(family):
+def test_tree_equals_separate_rows(family, tied):
     """Catches: a suffix that sees another suffix, a shift by one, wrong positions after a video or
     a patch image.
     """
-    student = tiny_student(family)
+    student = tiny_student(family, tied=tied)
+    head, embedding = student.model.lm_head.weight, student.model.get_input_embeddings().weight
+    assert (head is embedding) == tied
     prefixes, suffixes, owners = forest(family)
     completions = [words(n, n) for n in (5, 9, 7, 6, 4, 8, 3)]
     weight = torch.linspace(-1, 1, 42)
@@ -814,7 +817,8 @@ def adapted(folder, layout, vision=False):
     return path, student, prompts
 
 
-@pytest.mark.parametrize("layout,vision", [("qwen2_5_vl_3b", False), ("qwen3_vl", True)])
+@pytest.mark.parametrize("layout,vision", [("qwen2_5_vl_3b", False), ("qwen3_vl", True),
+                                           ("qwen3_5", True), ("qwen3_5_moe", False)])
 def test_saved_adapters_come_back_and_merged_ones_are_whole_weights(layout, vision, tmp_path):
     """Catches: an adapter that comes back on another layer, at another scale or rounded, or whose
     base is looked for where the next command happens to run; a merge that changes a weight twice.
@@ -837,7 +841,8 @@ def test_saved_adapters_come_back_and_merged_ones_are_whole_weights(layout, visi
     assert (scored(merged, prompts) - scored(fresh(path)[0], prompts)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("layout,vision", [("qwen2_5_vl_3b", False), ("qwen3_vl", True)])
+@pytest.mark.parametrize("layout,vision", [("qwen2_5_vl_3b", False), ("qwen3_vl", True),
+                                           ("qwen3_5", True), ("qwen3_5_moe", False)])
 def test_peft_reads_our_adapters_and_we_read_peft_s(layout, vision, tmp_path):
     """Catches: names, scale or settings that peft takes otherwise, or silently leaves out."""
     peft = pytest.importorskip("peft", reason="peft is not installed: see requirements-dev.txt")

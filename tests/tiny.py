@@ -57,13 +57,15 @@ def tiny_config(family):
     return AutoConfig.for_model(family, text_config=text, vision_config=vision, **ids)
 
 
-def tiny_student(family, seed=0, lora=(), **options):
+def tiny_student(family, seed=0, lora=(), tied=False, **options):
     """Return a student; its weights are so large that wrong attention shows in the 5th decimal.
 
-    lora: what add_adapters is told; then B is as large as A.
+    tied: the head is the embedding. lora: what add_adapters is told; then B is as large as A.
     """
     torch.manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(tiny_config(family), attn_implementation=OURS)
+    config = tiny_config(family)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation=OURS)
     for name, p in model.named_parameters():
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.15)
