@@ -10,6 +10,7 @@ video.py reads the files.
 Dimensions: N patches, M images or videos; image axes: h height, w width.
 """
 
+import difflib
 import math
 import os
 import re
@@ -28,6 +29,7 @@ from video import MAX_IMAGE_PIXELS, Clip, resize, still
 KINDS = ("multiple choice", "numerical", "free-form", "OCR", "regression")
 MEDIA_TYPES = {"video": "video", "image": "image", "frame": "video"}  # "frame": 200 in MVBench
 FIELDS = ("problem", "problem_type", "data_type", "path")  # texts that every row has
+OPTIONAL = ("problem_id", "options", "data_source", "process", "evidence")  # read where it is
 SHOWN = 30  # wrong rows or missing files that one message lists
 
 
@@ -69,6 +71,11 @@ def load_samples(rows: list, folders: dict[str, Path], prefix: str = "") -> list
     """
     samples, problems, row_of = [], [], {}
     _require_rows(rows)
+    named = {key for row in rows if isinstance(row, dict) for key in row}
+    for name in {*OPTIONAL} - named:
+        for near in difflib.get_close_matches(name, named - {*FIELDS, *OPTIONAL}, 1, 0.9):
+            raise ValueError(f"no row has {name!r}, but there is {near!r}, which nothing reads: "
+                             "rename or remove it")
     for number, row in enumerate(rows):
         name = prefix + _name(row, number)
         try:
@@ -187,6 +194,8 @@ def _check_options(options, answer):
 def _evidence(item):
     """Return one annotation {"start", "end", "box"?, "note"?} as Evidence."""
     _require(isinstance(item, dict), f"evidence {reprlib.repr(item)} is not an object")
+    for key in item.keys() - {"start", "end", "box", "note"}:
+        raise ValueError(f"evidence has {reprlib.repr(key)}, which nothing reads")
     start, end, box, note = (item.get(field) for field in ("start", "end", "box", "note"))
     _require(_numbers(start, end) and 0 <= start <= end,
              f"evidence from {reprlib.repr(start)} to {reprlib.repr(end)} is not a span of seconds")

@@ -307,7 +307,17 @@ class Run:
         return drawn, [rows_of[sample.id] | {"problem_id": sample.id} for sample in drawn]
 
     def _count_evidence(self):
-        """Refuse FFR whose annotated teacher cannot write a patch: it would be GRPO, unsaid."""
+        """Refuse FFR whose annotated teacher cannot write a patch: it would be GRPO, unsaid.
+
+        Also imitation where nothing is imitated but bare answers, which some rows may have.
+        """
+        if self.method.repairs and not self.method.compares:
+            n = sum(bool(sample.process) for sample in self.samples)
+            require(n, f"--method {self.config.method}: no sample of {self.config.data} has a "
+                    "process, so there is no reasoning to imitate")
+            if n < len(self.samples):
+                say(f"{len(self.samples) - n} of {len(self.samples)} samples have no process: of "
+                    "these the bare answer is imitated")
         if self.method.repairs and self.method.compares and self.config.teacher == "annotated":
             n = sum(bool(sample.evidence) for sample in self.samples)
             require(n, f"--method {self.config.method} with --teacher annotated: no sample of "

@@ -50,6 +50,23 @@ def test_all_five_kinds_are_read(tmp_path):
     assert (found[0].source, found[0].process, found[0].clip) == ("films/30_s", "", None)
 
 
+@pytest.mark.parametrize("name, meant", (
+    ("proces", "process"), ("evidences", "evidence"), ("problem_ids", "problem_id"),
+    ("datasource", "data_source")))
+def test_a_misspelt_field_is_named(name, meant, tmp_path):
+    """Catches: annotations that nothing reads, so that FFR finds none, imitation no traces."""
+    rows = [row(problem_id=None, data_source=None) | {name: "?"}, row(problem_id=None)]
+    with pytest.raises(ValueError, match=f"^no row has '{meant}', but there is '{name}', which"):
+        load(tmp_path, *[{k: v for k, v in r.items() if k != meant} for r in rows])
+    assert len(load(tmp_path, row(processed=True, option_count=2, reason="x"))) == 1
+
+
+def test_what_nothing_reads_of_evidence_is_refused(tmp_path):
+    """Catches: a region under another name, so that the patch shows whole frames."""
+    with pytest.raises(ValueError, match="^sample 2: evidence has 'bbox', which nothing reads"):
+        load(tmp_path, row(evidence=[{"start": 1, "end": 2, "bbox": [0, 0, 1, 1]}]))
+
+
 def test_odd_but_real_rows(tmp_path):
     """Catches: null options, bare or numeric solutions, ids of any type, "frame", other fields."""
     found = load(tmp_path, row(problem_id=None, options=None, problem_type="OCR", solution="EXIT"),
