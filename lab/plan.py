@@ -476,15 +476,19 @@ def time_and_cost(run: Any, sample: Any, seconds: dict, dtype: torch.dtype) -> l
 
 
 def asked(run: Any, sample: Any) -> list[str]:
-    """Return a line on the most that the teacher is asked for in training; none without a teacher.
+    """Return a line on the most that the teacher is asked for in a run; none without a teacher.
 
-    It is asked once for a prompt, or for each first try, of which --dynamic_sampling makes more.
+    It is asked once for a prompt, or for each first try, of which --dynamic_sampling makes more;
+    and for the held-out questions of every evaluation, where these get patches.
     """
     config, method = run.config, run.method
     if not method.asks:
         return []
     tries = config.rollouts if method.compares and config.method != "luffy" else 1
     n = run.steps * world_size() * config.batch_prompts * tries * (1 + config.dynamic_sampling)
+    if run.eval_patches and method.repairs:
+        due = {0, run.steps, *range(0, run.steps, config.eval_every or run.steps)}
+        n += len(due) * len(run.eval_samples)
     what = "diagnoses (every first try failing)" if method.repairs and method.compares else \
         "answers of the teacher"
     return [f"at most {n} {what}" + requests(run, sample, n) * (config.teacher == "anthropic")]

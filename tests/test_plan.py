@@ -88,6 +88,8 @@ def test_every_method_has_a_plan(tmp_path, monkeypatch, capsys, method):
     said = capsys.readouterr().out
     assert "the step took at most" in said and "\nevaluation" in said
     assert ("at most" in said.split("\n")[-2]) == teacher, "what a teacher is asked for"
+    if method == "ffr":  # 10 steps of a prompt, two tries and as many anew; 5 questions, twice
+        assert "at most 50 diagnoses" in said
     assert {path.name for path in tmp_path.iterdir()} == {
         "model", "videos", "template.txt", "train.json", "heldout.json", "warm.json"}
 
