@@ -74,8 +74,9 @@ def load_samples(rows: list, folders: dict[str, Path], prefix: str = "") -> list
     named = {key for row in rows if isinstance(row, dict) for key in row}
     for name in {*OPTIONAL} - named:
         for near in difflib.get_close_matches(name, named - {*FIELDS, *OPTIONAL}, 1, 0.9):
-            raise ValueError(f"no row has {name!r}, but there is {near!r}, which nothing reads: "
-                             "rename or remove it")
+            first = next(n for n, row in enumerate(rows) if isinstance(row, dict) and near in row)
+            raise ValueError(f"sample {prefix}{_name(rows[first], first)}: {near!r} is read by "
+                             f"nothing, and no row has {name!r}: rename or remove it")
     for number, row in enumerate(rows):
         name = prefix + _name(row, number)
         try:

@@ -32,15 +32,14 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.questions import TITLES, Question, load, read, split_options, value
-from benchmarks.results import Run, digest, merged, overlap, passes, read_run, report, table
+from benchmarks.results import Run, merged, overlap, passes, read_run, report, table
 from guard import check_money
 from patch import EVIDENCE_LEVELS, alignment, patch_images, render
 from reward import choice, parse_answer
-from runs import (BROKEN, Folder, append, asked_with, check_model, everyone, flag, one_sentence,
-                  parse, rank, read_folders, read_json, read_rows, require,
+from runs import (BROKEN, Folder, append, asked_with, check_model, digest, everyone, flag,
+                  one_sentence, parse, rank, read_folders, read_json, read_rows, require,
                   require_files, require_positive, start_processes, typed, wording, world_size,
                   write_whole)
-from runs import digest as named
 
 
 @dataclass(frozen=True)
@@ -268,7 +267,7 @@ class Frames:
     def keep(self, q: Question, clip: Any) -> None:
         """Write down what a question is shown with, if there is room for its strip."""
         from video import strip, strip_size
-        name = named(clip.frames.numpy().tobytes(), clip.frames.shape, clip.times)
+        name = digest(clip.frames.numpy().tobytes(), clip.frames.shape, clip.times)
         path, self.met = self.path.parent / f"thumbnails/{name}.jpg", self.met + 1
         if not path.exists():
             if self.kept > self.room * self.met / self.n:

@@ -239,7 +239,7 @@ class Run:
         self.diagnose = self.teacher.submit if self.teacher and self.method.repairs else None
         self.eval_patches = config.eval_patches == "yes" or (
             config.eval_patches == "auto" and config.teacher == "annotated")
-        self._count_evidence()
+        self._count_annotations()
         self._load_student()
         self.sampling = ffr.Sampling(config.max_completion, config.temperature, config.top_p,
                                      config.pass_mark)
@@ -306,21 +306,19 @@ class Run:
         drawn = [samples[i] for i in sorted(order[:count])]
         return drawn, [rows_of[sample.id] | {"problem_id": sample.id} for sample in drawn]
 
-    def _count_evidence(self):
-        """Refuse FFR whose annotated teacher cannot write a patch: it would be GRPO, unsaid.
-
-        Also imitation where nothing is imitated but bare answers, which some rows may have.
-        """
-        if self.method.repairs and not self.method.compares:
+    def _count_annotations(self):
+        """Refuse what would be another method unsaid: FFR without patches, sft without traces."""
+        method, annotated = self.config.method, self.config.teacher == "annotated"
+        if method == "sft" or annotated and method in ("sft_teacher", "luffy"):
             n = sum(bool(sample.process) for sample in self.samples)
-            require(n, f"--method {self.config.method}: no sample of {self.config.data} has a "
-                    "process, so there is no reasoning to imitate")
+            require(n, f"--method {method}: no sample of {self.config.data} has a process, so "
+                    "there is no reasoning to imitate")
             if n < len(self.samples):
-                say(f"{len(self.samples) - n} of {len(self.samples)} samples have no process: of "
-                    "these the bare answer is imitated")
-        if self.method.repairs and self.method.compares and self.config.teacher == "annotated":
+                say(f"{len(self.samples) - n} of {len(self.samples)} samples have no process to "
+                    "imitate" + (": their bare answer is" if method == "sft" else ""))
+        elif self.method.repairs and annotated:
             n = sum(bool(sample.evidence) for sample in self.samples)
-            require(n, f"--method {self.config.method} with --teacher annotated: no sample of "
+            require(n, f"--method {method} with --teacher annotated: no sample of "
                     f"{self.config.data} has evidence, so nothing would ever be repaired; use "
                     "--teacher anthropic, or --method grpo")
             say(f"{n} of {len(self.samples)} samples have evidence for the annotated teacher")

@@ -11,7 +11,6 @@ gives the paper's Table 17 from its seeds, to a rounding.
 """
 
 import argparse
-import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import numpy as np
 from benchmarks.questions import (CONVENTIONS, REASONING, TITLES, Question, cell, headline,
                                   knowledge, readable, score, tally, values, weights)
 from reward import GRADED_KINDS
-from runs import read_json, read_log, read_rows, require
+from runs import digest, read_json, read_log, read_rows, require
 
 # ---------------------------------------------------------------------------------------------
 # The folder of a run
@@ -60,7 +59,7 @@ def merged(folder: Path, name: str) -> dict[str, dict]:
 def read_run(folder: Path | str) -> Run:
     """Return a run from its files.
 
-    Its verdicts are those on answers that are still there; None without a judge.
+    Its verdicts are those on answers that are still there, by their digests; None without a judge.
     """
     folder = Path(folder)
     try:
@@ -77,11 +76,6 @@ def read_run(folder: Path | str) -> Run:
     if not config.judge and not any(folder.glob("verdicts*.jsonl")):
         verdicts = None
     return Run(folder, config, questions, answers, merged(folder, "patched"), verdicts)
-
-
-def digest(text: str) -> str:
-    """Return what a verdict is filed under, so that it holds for one answer only."""
-    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -56,7 +56,8 @@ def test_all_five_kinds_are_read(tmp_path):
 def test_a_misspelt_field_is_named(name, meant, tmp_path):
     """Catches: annotations that nothing reads, so that FFR finds none, imitation no traces."""
     rows = [row(problem_id=None, data_source=None) | {name: "?"}, row(problem_id=None)]
-    with pytest.raises(ValueError, match=f"^no row has '{meant}', but there is '{name}', which"):
+    with pytest.raises(ValueError, match=f"^sample 0: '{name}' is read by nothing, and no row has "
+                       f"'{meant}': rename or remove it$"):
         load(tmp_path, *[{k: v for k, v in r.items() if k != meant} for r in rows])
     assert len(load(tmp_path, row(processed=True, option_count=2, reason="x"))) == 1
 

@@ -241,20 +241,23 @@ def test_ffr_that_would_be_grpo_is_refused(world, tmp_path):
     run(replace(config, method="grpo", steps=1))
 
 
-def test_imitation_of_bare_answers_is_said_or_refused(world, tmp_path, capsys):
-    """Catches: a warm start on data without traces, which unlearns to reason, without a word."""
+@pytest.mark.parametrize("method", ["sft", "sft_teacher", "luffy"])
+def test_imitation_of_bare_answers_is_said_or_refused(world, tmp_path, method, capsys):
+    """Catches: a warm start on data without traces, which unlearns to reason, without a word;
+    steps that train nothing.
+    """
     rows = json.loads((world / "train.json").read_text())
     for left in (0, 2):
         some = [row | ({} if i < left else {"process": ""}) for i, row in enumerate(rows)]
         (tmp_path / "some.json").write_text(json.dumps(some))
-        config = config_of(world, tmp_path / "run", data=str(tmp_path / "some.json"), method="sft",
+        config = config_of(world, tmp_path / "run", data=str(tmp_path / "some.json"), method=method,
                            steps=1)
         if not left:
             with pytest.raises(ValueError, match="no sample of .*some.json has a process, so"):
                 run(config)
     run(config)
-    assert (f"{len(rows) - 2} of {len(rows)} samples have no process: of these the bare answer is "
-            "imitated") in capsys.readouterr().out
+    said = f"{len(rows) - 2} of {len(rows)} samples have no process to imitate"
+    assert said + ": their bare answer is\n" * (method == "sft") in capsys.readouterr().out
 
 
 def test_what_cannot_be_read_ends_a_run(world, tmp_path):
